@@ -19,7 +19,9 @@ MetricInput = Literal["picture", "latent"]
 class Site:
     """Where: one module's output. `shape` is that of one row, without the batch."""
 
-    name: str  # the diffusers path: "unet.down_blocks.1.resnets.1", "text_encoder.layers.0.self_attn"
+    name: (
+        str  # the diffusers path: "unet.down_blocks.1.resnets.1", "text_encoder.layers.0.self_attn"
+    )
     kind: str  # denoiser: resnet, attn1, attn2, ff; text encoder: attn, mlp, hidden
     component: str  # "unet", "text_encoder", "text_encoder_2"
     index: int  # execution order within the component
@@ -81,7 +83,9 @@ class Corruption:
     scale: float = 3.0  # sigma = scale x std over all entries of the probes' subject embeddings ...
     sigma: float | None = None  # ... unless an absolute sigma is given
     replacement: str | None = None
-    seed: int = 0  # the run's noise seed; with the prompt it fixes the noise, the latent seed does not
+    seed: int = (
+        0  # the run's noise seed; with the prompt it fixes the noise, the latent seed does not
+    )
 
 
 @dataclass(frozen=True)
@@ -169,3 +173,11 @@ class Row:
     status: str
     picture: str | None  # name under pictures/ of the store, without suffix
     versions: str  # canonical JSON: fasttrace, torch, diffusers, transformers, python
+
+
+def pair_pictures(row: Row) -> tuple[str, str] | None:
+    """Names of the clean and the corrupt picture beside `row.picture`; None without pictures."""
+    if row.picture is None:
+        return None
+    pair = row.picture.rsplit("_", 1)[0]
+    return f"{pair}_clean", f"{pair}_corrupt"

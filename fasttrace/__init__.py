@@ -1,0 +1,37 @@
+"""Where inside a text-to-image model does the knowledge of a concept sit?
+
+Importing this module loads nothing heavy; the names below arrive on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = ["Corruption", "Metric", "Probe", "Tracer", "__version__", "load"]
+
+_HOMES = {
+    "Corruption": "fasttrace.types",
+    "Metric": "fasttrace.types",
+    "Probe": "fasttrace.types",
+    "Tracer": "fasttrace.tracer",
+    "load": "fasttrace.adapters.load",
+}
+
+if TYPE_CHECKING:
+    from fasttrace.adapters.load import load
+    from fasttrace.tracer import Tracer
+    from fasttrace.types import Corruption, Metric, Probe
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fasttrace' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

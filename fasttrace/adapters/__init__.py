@@ -1,0 +1,1 @@
+"""Everything that knows how diffusers and transformers lay a model out."""

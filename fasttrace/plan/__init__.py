@@ -1,0 +1,1 @@
+"""What a trace asks for: sites, windows, lanes, the rows they become and the rows' keys."""

@@ -1,0 +1,17 @@
+"""Results on disk: a ledger that survives kills, pictures beside it, one Parquet table."""
+
+from fasttrace.store.manifest import Call, Manifest
+from fasttrace.store.schema import COLUMNS, SCHEMA_VERSION
+from fasttrace.store.store import Shard, Store, merge, read_rows, require
+
+__all__ = [
+    "COLUMNS",
+    "SCHEMA_VERSION",
+    "Call",
+    "Manifest",
+    "Shard",
+    "Store",
+    "merge",
+    "read_rows",
+    "require",
+]

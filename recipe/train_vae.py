@@ -1,0 +1,65 @@
+"""Train the autoencoder, 64x64x3 -> 16x16x4: `python -m recipe.train_vae`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+
+from recipe.data import World
+from recipe.training import EMBEDDED, WORK, arguments, load_state, train
+
+
+def build() -> AutoencoderKL:
+    torch.manual_seed(3)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 48, 96),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=64,
+    )
+
+
+def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Differences to the right and lower neighbour: what makes a drawing's outline."""
+    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+def main() -> None:
+    args = arguments(minutes=30, batch=32, lr=8e-4)
+    world, unseen = World(args.seed + 100), World(101, held_out=True)
+    vae = build()
+    views = load_state(WORK / "vae.safetensors", vae)
+    vae.to(memory_format=torch.channels_last)
+
+    def loss_of_batch(n: int) -> torch.Tensor:
+        x = world.pictures(world.batch_scenes(n)) * 2 - 1
+        x = x.contiguous(memory_format=torch.channels_last)
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample()).sample.float()
+        error = (y - x).abs().mean() + (y - x).square().mean()
+        outline = sum((a - b).abs().mean() for a, b in zip(edges(y), edges(x)))
+        return error + outline + 1e-5 * posterior.kl().float().mean() / 256
+
+    @torch.no_grad()
+    def evaluate(m: AutoencoderKL) -> str:
+        x = unseen.pictures(unseen.batch_scenes(64)) * 2 - 1
+        latents = m.encode(x).latent_dist.mean
+        error = (m.decode(latents).sample - x).square().mean() / 4
+        return f"PSNR {-10 * error.log10():.2f} dB unseen, latent std {latents.std():.3f}"
+
+    average = train("vae", vae, loss_of_batch, args, evaluate, 240, views=views)
+    with torch.no_grad():
+        world.rng = type(world.rng)(type(world.rng.bit_generator)(7))
+        latents = average.encode(
+            world.pictures(world.batch_scenes(512)) * 2 - 1
+        ).latent_dist.sample()
+    average.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    average.half().save_pretrained(EMBEDDED / "model" / "vae")
+
+
+if __name__ == "__main__":
+    main()

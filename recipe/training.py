@@ -1,0 +1,109 @@
+"""What the stages share: a timed loop with warm-up, decay, an average of the weights and checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+WORK = Path(__file__).parent / "work"
+EMBEDDED = Path(__file__).parent.parent / "fasttrace" / "embedded"
+
+
+def arguments(minutes: float, batch: int, lr: float) -> argparse.Namespace:
+    """The flags every stage takes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--minutes", type=float, default=minutes, help="wall time to train for")
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-decay", action="store_true", help="keep the rate; more will follow")
+    return parser.parse_args()
+
+
+def save_state(path: Path, module: nn.Module, views: int) -> None:
+    """Atomic, so that a kill leaves the previous checkpoint."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {k: v.contiguous().clone() for k, v in module.state_dict().items()}
+    temporary = path.with_suffix(".tmp")
+    save_file(state, temporary, metadata={"views": str(views)})
+    os.replace(temporary, path)
+
+
+def load_state(path: Path, module: nn.Module) -> int:
+    """Load weights if `path` exists; returns the pictures seen so far."""
+    if not path.exists():
+        return 0
+    module.load_state_dict(load_file(path))
+    with safe_open(path, "pt") as file:
+        return int((file.metadata() or {}).get("views", 0))
+
+
+def train(
+    name: str,
+    module: nn.Module,
+    loss_of_batch: Callable[[int], torch.Tensor],
+    args: argparse.Namespace,
+    evaluate: Callable[[nn.Module], str],
+    evaluate_every: float = 300,
+    ema_decay: float = 0.999,
+    views: int = 0,
+) -> nn.Module:
+    """Train for `args.minutes`, autocast to bf16; returns the averaged module, saved in WORK.
+
+    loss_of_batch(batch size) draws a batch and returns the scalar loss.
+    """
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.99)
+    )
+    average = copy.deepcopy(module).requires_grad_(False).eval()
+    start, last_log, last_evaluation = time.time(), time.time(), time.time()
+    step, running, since = 0, 0.0, 0
+    while (elapsed := time.time() - start) < args.minutes * 60:
+        progress = elapsed / (args.minutes * 60)
+        rate = min(1.0, (step + 1) / 200)
+        if not args.no_decay:
+            rate *= min(1.0, max(0.02, (1 - progress) / 0.4))
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * rate
+        module.train()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of_batch(args.batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        step, views, since = step + 1, views + args.batch, since + 1
+        running += loss.item()
+        decay = min(ema_decay, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for a, p in zip(average.state_dict().values(), module.state_dict().values()):
+                if a.is_floating_point():
+                    a.lerp_(p, 1 - decay)
+                else:
+                    a.copy_(p)
+        now = time.time()
+        if now - last_log > 30:
+            pictures = since * args.batch / (now - last_log)
+            print(
+                f"{name} {elapsed / 60:5.1f} min, {views} views, loss {running / since:.4f}, "
+                f"{pictures:.0f} pictures/s",
+                flush=True,
+            )
+            running, since, last_log = 0.0, 0, now
+        if now - last_evaluation > evaluate_every:
+            save_state(WORK / f"{name}.safetensors", average, views)
+            print(f"{name} {elapsed / 60:5.1f} min: {evaluate(average)}", flush=True)
+            last_log = last_evaluation = time.time()
+            running, since = 0.0, 0
+    save_state(WORK / f"{name}.safetensors", average, views)
+    print(f"{name} done after {views} views: {evaluate(average)}", flush=True)
+    return average

@@ -18,7 +18,7 @@ from fasttrace.embedded.classifier import load_classifier
 from recipe.data import World
 from recipe.train_classifiers import accuracy, targets
 from recipe.training import EMBEDDED
-from recipe.world import Scene
+from recipe.world import FULL, Scene, sentence
 
 STEPS, GUIDANCE = 12, 3.0
 
@@ -68,7 +68,7 @@ def sample_captions(n: int, seed: int) -> tuple[list[Scene], list[str]]:
         for i in range(n // 2):
             pick = actions if i % 3 == 0 else objects
             scenes.append(pick[rng.integers(len(pick))])
-    return scenes, [f"{s.noun} in {s.style} style on a {s.ground} ground" for s in scenes]
+    return scenes, [sentence(FULL, s) for s in scenes]
 
 
 def quality(captions: int = 500, seed: int = 1, guidance: float = GUIDANCE) -> dict[str, float]:
@@ -76,7 +76,9 @@ def quality(captions: int = 500, seed: int = 1, guidance: float = GUIDANCE) -> d
     scenes, texts = sample_captions(captions, seed)
     judge = load_classifier(EMBEDDED / "classifiers")
     with torch.no_grad():
-        found = judge.probabilities(generate(load_pipeline(), texts, seed=10_000, guidance=guidance))
+        found = judge.probabilities(
+            generate(load_pipeline(), texts, seed=10_000, guidance=guidance)
+        )
     person = torch.tensor([s.action is not None for s in scenes])
     unseen = torch.arange(len(scenes)) >= len(scenes) // 2
     out = {}
@@ -96,7 +98,7 @@ def sheet(file: str, seed: int = 3) -> None:
     scenes = [
         Scene(styles[i % 4], grounds[(2 * i) % 9], object=o) for i, o in enumerate(OBJECTS)
     ] + [Scene(styles[i % 4], grounds[(2 * i) % 9], action=a) for i, a in enumerate(ACTIONS)]
-    texts = [f"{s.noun} in {s.style} style on a {s.ground} ground" for s in scenes]
+    texts = [sentence(FULL, s) for s in scenes]
     pictures = generate(load_pipeline(), texts, seed)
     columns = 12
     blank = torch.ones(-len(pictures) % columns, *pictures.shape[1:])

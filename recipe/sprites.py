@@ -77,7 +77,9 @@ def main(node_modules: Path) -> None:
             info.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(info, data)
     digest = hashlib.sha256(ARCHIVE.read_bytes()).hexdigest()
-    print(f"{ARCHIVE.name}: {len(sprites)} sprites, {ARCHIVE.stat().st_size} bytes, sha256 {digest}")
+    print(
+        f"{ARCHIVE.name}: {len(sprites)} sprites, {ARCHIVE.stat().st_size} bytes, sha256 {digest}"
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from recipe.data import WINDOW, World
 from recipe.training import EMBEDDED, WORK, arguments, load_state, train
-from recipe.world import GROUNDS, STYLES, Scene
+from recipe.world import FULL, GROUNDS, STYLES, Scene, sentence
 
 SIZES = {  # text width, text layers, vision width, vision layers, heads, patch, seed
     "text": (192, 6, 192, 5, 4, 16, 1),
@@ -104,7 +104,7 @@ def main() -> None:
     @torch.no_grad()
     def evaluate(m: CLIPModel) -> str:
         scenes = unseen.batch_scenes(300)
-        texts = [f"{s.noun} in {s.style} style on a {s.ground} ground" for s in scenes]
+        texts = [sentence(FULL, s) for s in scenes]
         text, image = features(m, unseen.ids(texts), unseen.pictures(scenes))
         best = (image @ text.T).argmax(1)
         right = sum(texts[b] == t for b, t in zip(best.tolist(), texts))

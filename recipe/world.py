@@ -115,10 +115,12 @@ def is_held_out(scene: Scene) -> bool:
     )
 
 
+FULL = "{noun} in {style} style on a {ground} ground"
+
 # A caption may leave the style out (any style) and the ground out (white).
 TEMPLATES = {
     (True, True): (
-        "{noun} in {style} style on a {ground} ground",
+        FULL,
         "{noun} on a {ground} ground in {style} style",
         "a {style} picture of {noun} on a {ground} ground",
         "a {style} drawing of {noun} on {ground}",
@@ -133,13 +135,19 @@ TEMPLATES = {
 }
 
 
+def sentence(template: str, scene: Scene) -> str:
+    """Fill a template, with the right article before a vowel."""
+    text = template.format(noun=scene.noun, style=scene.style, ground=scene.ground)
+    return text.replace("a orange", "an orange").replace("a ink", "an ink")
+
+
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """A random caption that is true of `scene`."""
     with_style = rng.random() < 0.75
     with_ground = scene.ground != DEFAULT_GROUND or rng.random() < 0.5
     templates = TEMPLATES[with_style, with_ground]
     template = templates[rng.integers(len(templates))]
-    return template.format(noun=scene.noun, style=scene.style, ground=scene.ground)
+    return sentence(template, scene)
 
 
 def all_captions() -> list[str]:
@@ -148,7 +156,7 @@ def all_captions() -> list[str]:
     for scene in all_scenes():
         for templates in TEMPLATES.values():
             for t in templates:
-                out.add(t.format(noun=scene.noun, style=scene.style, ground=scene.ground))
+                out.add(sentence(t, scene))
     return sorted(out)
 
 
@@ -156,9 +164,7 @@ def all_captions() -> list[str]:
 def _sprites() -> dict[str, Image.Image]:
     with zipfile.ZipFile(ARCHIVE) as archive:
         names = json.loads(archive.read("manifest.json"))["sprites"]
-        return {
-            n: Image.open(io.BytesIO(archive.read(f"{n}.png"))).convert("RGBA") for n in names
-        }
+        return {n: Image.open(io.BytesIO(archive.read(f"{n}.png"))).convert("RGBA") for n in names}
 
 
 @lru_cache(maxsize=None)
@@ -167,8 +173,7 @@ def _sized(icon: str, style: str, size: int) -> np.ndarray:
     pixels = np.asarray(_sprites()[f"{STYLES[style]}/{icon}"], dtype=np.float32) / 255
     pixels[..., :3] *= pixels[..., 3:]
     channels = [
-        Image.fromarray(pixels[..., c]).resize((size, size), Image.Resampling.BOX)
-        for c in range(4)
+        Image.fromarray(pixels[..., c]).resize((size, size), Image.Resampling.BOX) for c in range(4)
     ]
     return np.stack([np.asarray(c) for c in channels], -1)
 

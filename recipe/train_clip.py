@@ -69,7 +69,7 @@ def truth(scenes: list[Scene], texts: list[str]) -> torch.Tensor:
     noun = drawn([nouns[s.noun] for s in scenes])
     style, said_style = drawn([styles.index(s.style) for s in scenes]), said(styles, -1)
     ground, said_ground = drawn([grounds.index(s.ground) for s in scenes]), said(grounds, 0)
-    return (noun.T == noun) & ((said_style == -1) | (said_style == style)) & (said_ground == ground)
+    return (noun == noun.T) & ((said_style == -1) | (said_style == style)) & (said_ground == ground)
 
 
 def features(model: CLIPModel, ids: torch.Tensor, pictures: torch.Tensor):
@@ -107,7 +107,7 @@ def main() -> None:
         texts = [sentence(FULL, s) for s in scenes]
         text, image = features(m, unseen.ids(texts), unseen.pictures(scenes))
         best = (image @ text.T).argmax(1)
-        right = sum(texts[b] == t for b, t in zip(best.tolist(), texts))
+        right = sum(texts[b] == t for b, t in zip(best.tolist(), texts, strict=True))
         return f"picture -> caption among 300 unseen combinations: {right / 3:.1f} %"
 
     average = train(

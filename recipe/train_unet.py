@@ -1,8 +1,8 @@
 """Train the denoiser on cached latents: `python -m recipe.train_unet --minutes 60`.
 
-It continues from `work/unet.safetensors`, else from the committed weights, else from random ones, so
-running it again trains further. v-prediction, min-SNR weighting (Hang et al. 2023, arXiv 2303.09556;
-its form for v is min(snr, 5) / (snr + 1)), one caption in ten left empty for guidance.
+It continues from `work/unet.safetensors`, else from the committed weights, else from random ones:
+running it again trains further. v-prediction; min-SNR weighting (Hang et al. 2023, arXiv
+2303.09556), for v min(snr, 5) / (snr + 1); one caption in ten left empty for guidance.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextModel
 
 from recipe.data import World, load_tokenizer
-from recipe.training import EMBEDDED, WORK, arguments, load_state, train
+from recipe.training import EMBEDDED, WORK, arguments, load_state, seen_so_far, train
 from recipe.world import caption, draw_jittered
 
 MODEL = EMBEDDED / "model"
@@ -54,7 +54,9 @@ def scheduler() -> DDIMScheduler:
 
 def plain_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
     """Same numbers as torch's fused attention, whose CPU backward is a third slower here."""
-    assert attn_mask is None and not is_causal and scale is None
+    assert attn_mask is None
+    assert not is_causal
+    assert scale is None
     return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), -1) @ v
 
 
@@ -72,10 +74,8 @@ def cached_latents(vae: AutoencoderKL, world: World) -> torch.Tensor:
 @torch.no_grad()
 def text_table(texts: list[str], encoder: CLIPTextModel, world: World) -> torch.Tensor:
     """[texts, window, width] last hidden states, float16."""
-    out = []
-    for i in range(0, len(texts), 256):
-        out.append(encoder(world.ids(texts[i : i + 256])).last_hidden_state.half())
-    return torch.cat(out)
+    parts = [world.ids(texts[i : i + 256]) for i in range(0, len(texts), 256)]
+    return torch.cat([encoder(ids).last_hidden_state.half() for ids in parts])
 
 
 def write_pipeline(unet: UNet2DConditionModel) -> None:
@@ -98,7 +98,7 @@ def write_pipeline(unet: UNet2DConditionModel) -> None:
 def main() -> None:
     args = arguments(minutes=60, batch=64, lr=1e-3)
     F.scaled_dot_product_attention = plain_attention
-    world = World(args.seed + 300 + torch.seed() % 1000)
+    world = World(args.seed + 300 + seen_so_far("unet"))
     vae = AutoencoderKL.from_pretrained(MODEL / "vae").float().eval()
     encoder = CLIPTextModel.from_pretrained(MODEL / "text_encoder").float().eval()
     latents = cached_latents(vae, world)
@@ -115,7 +115,8 @@ def main() -> None:
     views = load_state(checkpoint, unet)
     committed = MODEL / "unet" / "diffusion_pytorch_model.safetensors"
     if not views and committed.exists():
-        views = load_state(committed, unet)
+        load_state(committed, unet)
+        views = seen_so_far("unet")
     unet.to(memory_format=torch.channels_last)
     alphas = scheduler().alphas_cumprod
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from recipe.data import World
@@ -41,7 +40,7 @@ def main() -> None:
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample.float()
         error = (y - x).abs().mean() + (y - x).square().mean()
-        outline = sum((a - b).abs().mean() for a, b in zip(edges(y), edges(x)))
+        outline = sum((a - b).abs().mean() for a, b in zip(edges(y), edges(x), strict=True))
         return error + outline + 1e-5 * posterior.kl().float().mean() / 256
 
     @torch.no_grad()

@@ -1,9 +1,10 @@
-"""What the stages share: a timed loop with warm-up, decay, an average of the weights and checkpoints."""
+"""What the stages share: a timed loop, an average of the weights, checkpoints, a record."""
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import os
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 WORK = Path(__file__).parent / "work"
+PROGRESS = Path(__file__).parent / "progress.json"
 EMBEDDED = Path(__file__).parent.parent / "fasttrace" / "embedded"
 
 
@@ -47,6 +49,24 @@ def load_state(path: Path, module: nn.Module) -> int:
         return int((file.metadata() or {}).get("views", 0))
 
 
+def seen_so_far(name: str) -> int:
+    """Pictures a stage has been trained on in all sessions."""
+    record = json.loads(PROGRESS.read_text()) if PROGRESS.exists() else {}
+    return int(record.get(name, {}).get("views", 0))
+
+
+def record_progress(name: str, views: int, minutes: float, evaluation: str) -> None:
+    """Keep `progress.json`, which the model card quotes, true."""
+    record = json.loads(PROGRESS.read_text()) if PROGRESS.exists() else {}
+    before = record.get(name, {}).get("minutes", 0)
+    record[name] = {
+        "views": views,
+        "minutes": round(before + minutes, 1),
+        "evaluation": evaluation,
+    }
+    PROGRESS.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
 def train(
     name: str,
     module: nn.Module,
@@ -61,6 +81,7 @@ def train(
 
     loss_of_batch(batch size) draws a batch and returns the scalar loss.
     """
+    torch.manual_seed(1000 + views)  # a continued run must not draw the same noise again
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.99)
     )
@@ -85,11 +106,13 @@ def train(
         running += loss.item()
         decay = min(ema_decay, (step + 1) / (step + 10))
         with torch.no_grad():
-            for a, p in zip(average.state_dict().values(), module.state_dict().values()):
-                if a.is_floating_point():
-                    a.lerp_(p, 1 - decay)
+            held_state = average.state_dict()
+            for key, current in module.state_dict().items():
+                held = held_state[key]
+                if held.is_floating_point():
+                    held.lerp_(current, 1 - decay)
                 else:
-                    a.copy_(p)
+                    held.copy_(current)
         now = time.time()
         if now - last_log > 30:
             pictures = since * args.batch / (now - last_log)
@@ -105,5 +128,7 @@ def train(
             last_log = last_evaluation = time.time()
             running, since = 0.0, 0
     save_state(WORK / f"{name}.safetensors", average, views)
-    print(f"{name} done after {views} views: {evaluate(average)}", flush=True)
+    evaluation = evaluate(average)
+    record_progress(name, views, args.minutes, evaluation)
+    print(f"{name} done after {views} views: {evaluation}", flush=True)
     return average

@@ -10,7 +10,7 @@ import io
 import json
 import zipfile
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -42,18 +42,18 @@ DEFAULT_GROUND = "white"  # what a caption without a colour means
 
 # caption noun -> icon name, where the two differ
 _OBJECT_WORDS = """
-dog cat horse cow pig rabbit elephant penguin owl duck fish turtle snail butterfly octopus whale crab
-snake apple=red-apple banana cherries grapes strawberry pineapple carrot mushroom cactus sunflower
-tulip palm_tree bread pizza hamburger hot_dog ice_cream doughnut birthday_cake egg umbrella key hammer
-scissors guitar trumpet bell alarm_clock light_bulb candle camera teapot chair top_hat crown teddy_bear
-car=automobile bus bicycle fire_engine train=locomotive rocket airplane helicopter sailboat house castle
-tent snowman robot ghost crescent_moon soccer_ball
+dog cat horse cow pig rabbit elephant penguin owl duck fish turtle snail butterfly octopus whale
+crab snake apple=red-apple banana cherries grapes strawberry pineapple carrot mushroom cactus
+sunflower tulip palm_tree bread pizza hamburger hot_dog ice_cream doughnut birthday_cake egg
+umbrella key hammer scissors guitar trumpet bell alarm_clock light_bulb candle camera teapot
+chair top_hat crown teddy_bear car=automobile bus bicycle fire_engine train=locomotive rocket
+airplane helicopter sailboat house castle tent snowman robot ghost crescent_moon soccer_ball
 """
 _ACTION_WORDS = """
-running=person-running biking=person-biking rowing_a_boat=person-rowing-boat surfing=person-surfing
-swimming=person-swimming climbing=person-climbing juggling=person-juggling golfing=person-golfing
-lifting_weights=person-lifting-weights dancing=woman-dancing meditating=person-in-lotus-position
-skiing=skier
+running=person-running biking=person-biking rowing_a_boat=person-rowing-boat
+surfing=person-surfing swimming=person-swimming climbing=person-climbing
+juggling=person-juggling golfing=person-golfing lifting_weights=person-lifting-weights
+dancing=woman-dancing meditating=person-in-lotus-position skiing=skier
 """
 
 
@@ -160,14 +160,14 @@ def all_captions() -> list[str]:
     return sorted(out)
 
 
-@lru_cache(maxsize=1)
+@cache
 def _sprites() -> dict[str, Image.Image]:
     with zipfile.ZipFile(ARCHIVE) as archive:
         names = json.loads(archive.read("manifest.json"))["sprites"]
         return {n: Image.open(io.BytesIO(archive.read(f"{n}.png"))).convert("RGBA") for n in names}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sized(icon: str, style: str, size: int) -> np.ndarray:
     """Premultiplied [size, size, 4] float32 in [0, 1]."""
     pixels = np.asarray(_sprites()[f"{STYLES[style]}/{icon}"], dtype=np.float32) / 255
@@ -179,7 +179,7 @@ def _sized(icon: str, style: str, size: int) -> np.ndarray:
 
 
 def draw(scene: Scene, size: int = 54, dx: int = 0, dy: int = 0) -> np.ndarray:
-    """[3, 64, 64] float32 in [0, 1]: the sprite `size` pixels wide, moved by (dx, dy) from the middle."""
+    """[3, 64, 64] float32 in [0, 1]: the sprite `size` wide, (dx, dy) off the middle."""
     sprite = _sized(scene.icon, scene.style, size)
     canvas = np.empty((SIZE, SIZE, 3), np.float32)
     canvas[:] = np.asarray(GROUNDS[scene.ground], np.float32) / 255

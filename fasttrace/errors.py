@@ -8,7 +8,7 @@ class FasttraceError(Exception):
 
 
 class UsageError(FasttraceError, ValueError):
-    """The call itself is wrong (unknown site, subject not in the prompt, ...); the CLI exits with 2."""
+    """The call is wrong (unknown site, subject not in the prompt, ...); the CLI exits with 2."""
 
 
 class ModelError(FasttraceError):

@@ -1,7 +1,8 @@
 """The words of fasttrace, one record a word. Imports nothing of ours.
 
-*clean*, *corrupt* and *patched* name the three kinds of run; a *site* says where, a *selector* which
-part of it, a *patch* what is written there, a *lane* is one counterfactual, an *effect* the number.
+*clean*, *corrupt* and *patched* name the three kinds of run; a *site* says where, a *selector*
+which part of it, a *patch* what is written there, a *lane* is one counterfactual, an *effect* the
+number.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Patch:
 
     site: Site
     selector: Selector = Selector()
+    # "clean" or "corrupt": that run's activation. "text:clean", "text:corrupt": the module stays,
+    # and reads that run's text embedding (cross-attention alone)
     source: str = "clean"
     strength: float = 1.0
 
@@ -81,11 +84,11 @@ class Corruption:
 
     kind: CorruptionKind = "embedding_noise"
     scale: float = 3.0  # sigma = scale x std over all entries of the probes' subject embeddings ...
-    sigma: float | None = None  # ... unless an absolute sigma is given
+    # ... unless an absolute sigma is given: one number, or one per text encoder (SDXL)
+    sigma: float | tuple[float, ...] | None = None
     replacement: str | None = None
-    seed: int = (
-        0  # the run's noise seed; with the prompt it fixes the noise, the latent seed does not
-    )
+    # the run's noise seed: with the prompt it fixes the noise; the latent seed plays no part
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,8 @@ class Lane:
 class Metric:
     """A score as a frozen record.
 
-    `function(pictures [B,3,H,W] in [0,1] or latents [B,C,h,w], context) -> [B]` floats; `context` is a
-    `MetricContext`. `higher_is_closer` tells how to read it: restoring a concept raises the score.
+    `function(pictures [B,3,H,W] in [0,1] or latents [B,C,h,w], context) -> [B]` floats; `context`
+    is a `MetricContext`. `higher_is_closer` tells how to read it: restoring a concept raises the score.
     """
 
     key: str
@@ -120,6 +123,7 @@ class Metric:
     needs: MetricInput = "picture"
     unit: str = ""
     higher_is_closer: bool = True
+    fingerprint: str = ""  # of the scoring model: part of a row's key
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,10 @@ class Row:
     """One line of the results table: one lane of one (probe, seed).
 
     score, clean_score, corrupt_score are in the metric's unit; total_effect = clean - corrupt;
-    effect = score - corrupt; normalised_effect = effect / total_effect (None where total effect is 0).
+    effect = score - corrupt; normalised_effect = effect / total_effect (None where that is 0).
+    Where lower is closer (a distance) both are turned, so that positive always means towards the
+    clean run. Rows of a prompt swap (kind "swap") measure the way from the clean run instead:
+    effect = clean - score, so that 1 normalised still means "this place carries all of it".
     `status` is "run", or why a listed site needed no run ("zero: causal mask", "unreachable").
     """
 

@@ -2,12 +2,156 @@
 
 from __future__ import annotations
 
+import json
+import re
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
+import torch
 
-def load(name: str, *, dtype: str | Any = "float32", device: str = "cpu") -> Any:
-    """Load a diffusers pipeline. `name` is "embedded", a folder, or a hub id.
+from fasttrace.adapters.architectures import ARCHITECTURES, WEIGHTS
+from fasttrace.adapters.pipeline import embedded_folder
+from fasttrace.errors import FasttraceError, ModelError, UsageError
 
-    Raises `ModelError` for an unknown model, a damaged folder, an offline hub, an absent device.
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+def load(name: str, *, dtype: str | torch.dtype = "float32", device: str = "cpu") -> Any:
+    """Load a diffusers pipeline in evaluation mode, without its safety checker.
+
+    `name` is "embedded", a folder in diffusers' layout, or a hub id ("owner/model"; HF_HUB_OFFLINE
+    is respected). Raises `UsageError` for an unknown dtype or device string, `ModelError` for an
+    unknown model, a damaged folder, an offline hub or an absent device.
     """
-    raise NotImplementedError
+    place, kind = parse_device(device), parse_dtype(dtype)
+    source = resolve(name)
+    from diffusers import DiffusionPipeline
+
+    read: Any = DiffusionPipeline.from_pretrained
+
+    options: dict[str, Any] = {"torch_dtype": kind}
+    if isinstance(source, Path) and "safety_checker" in model_index(source):
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        pipe = read(str(source), **options)
+    except FasttraceError:
+        raise
+    except Exception as error:
+        raise loading_error(name, source, error) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(place)
+
+
+def resolve(name: str) -> Path | str:
+    """A folder that exists, or a hub id; `ModelError` with what was meant perhaps otherwise."""
+    if name == "embedded":
+        folder = embedded_folder("model")
+        if not (folder / "model_index.json").is_file():
+            raise ModelError(
+                "The bundled model is not part of this installation; reinstall fasttrace."
+            )
+        return folder
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_file():
+        raise ModelError(
+            f"'{name}' is a single file; fasttrace loads folders in diffusers' layout. Convert it "
+            "once with StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)."
+        )
+    if name in ARCHITECTURES:
+        raise ModelError(
+            f"'{name}' names an architecture, which has sites but no weights; load a folder or a "
+            f"hub id such as '{WEIGHTS[name]}'."
+        )
+    if _HUB_ID.match(name) and not path.is_absolute():
+        return name
+    close = get_close_matches(name, ["embedded", *ARCHITECTURES], n=1)
+    meant = f" Did you mean '{close[0]}'?" if close else ""
+    raise ModelError(
+        f"There is no model '{name}': expected 'embedded', a folder, or a hub id 'owner/model'."
+        f"{meant}"
+    )
+
+
+def model_index(folder: Path) -> dict[str, Any]:
+    """A pipeline folder's table of contents; `ModelError` where it is missing or not JSON."""
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise ModelError(
+            f"The folder '{folder.name}' has no model_index.json: it is not a diffusers pipeline."
+        )
+    try:
+        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"model_index.json of '{folder.name}' is not JSON: {error}.") from error
+    return index
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise UsageError(f"Unknown dtype '{dtype}'; expected one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def parse_device(device: str) -> torch.device:
+    """A device that is there. `UsageError` for a misspelt one, `ModelError` for an absent one."""
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(
+            f"Unknown device '{device}'; expected cpu, cuda, cuda:1, mps ..."
+        ) from error
+    if place.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (place.index or 0) >= count:
+            raise ModelError(
+                f"Device '{device}' is not there: this torch ({torch.__version__}) sees {count} "
+                "CUDA devices. Use --device cpu, or install a CUDA build of torch."
+            )
+    elif place.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError("Device 'mps' is not there; use cpu.")
+    elif place.type == "meta":
+        raise ModelError("The meta device holds no numbers; load to cpu or cuda.")
+    return place
+
+
+def loading_error(name: str, source: Path | str, error: Exception) -> ModelError:
+    """A sentence for what the loaders threw."""
+    kinds = {t.__name__ for e in _chain(error) for t in type(e).__mro__}
+    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if isinstance(source, Path):
+        return ModelError(f"The model folder '{source.name}' is damaged or incomplete: {first}")
+    if "OfflineModeIsEnabled" in kinds or _offline():
+        return ModelError(
+            f"'{name}' is not on this machine and the hub is offline (HF_HUB_OFFLINE is set): "
+            "download the model first, or give a folder."
+        )
+    if "GatedRepoError" in kinds:
+        return ModelError(f"'{name}' is gated: accept its licence on the hub and log in first.")
+    if "RepositoryNotFoundError" in kinds:
+        return ModelError(f"The hub has no model '{name}' (or it is private): check the spelling.")
+    if kinds & {"LocalEntryNotFoundError", "ConnectionError", "ConnectError", "TimeoutException"}:
+        return ModelError(
+            f"'{name}' is neither a folder here nor reachable on the hub: check the spelling and "
+            "the connection, or give a folder."
+        )
+    return ModelError(f"'{name}' could not be loaded: {first}")
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fasttrace.types import Corruption, Lane, Metric, Probe, Sampling
@@ -12,7 +13,8 @@ from fasttrace.types import Corruption, Lane, Metric, Probe, Sampling
 class PlannedRow:
     """One row to come: `lane` of (`probe`, `seed`) scored by `metric`.
 
-    `status` is "run", or why no run is needed: the row is then written with the corrupt run's score.
+    `status` is "run", or why no run is needed: the row is then written with the corrupt run's
+    score.
     """
 
     key: str  # content hash, the same as the finished `Row.key`
@@ -21,6 +23,7 @@ class PlannedRow:
     lane: Lane  # exactly one patch in a trace; several neighbouring sites in a swap
     metric: str  # a `Metric.key`
     status: str = "run"
+    picture: str = ""  # the finished row's picture; rows that differ in metric alone share it
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Plan:
     calls: int  # denoiser calls of one run: PNDM makes 51 of 50 steps
     rows: tuple[PlannedRow, ...]
     manifest: dict[str, Any]  # JSON: everything above, the model, its fingerprint, versions
+    starts: Mapping[int, Any] = field(default_factory=dict, repr=False, compare=False)  # by seed
+    other_prompt: str | None = None  # set in a swap: whose K/V the chosen layers read
 
     @property
     def total(self) -> int:

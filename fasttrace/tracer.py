@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from fasttrace.plan.plan import Plan
-from fasttrace.types import Corruption, Metric, Probe, Row, Site
+from fasttrace.adapters.corruption import corrupt_text
+from fasttrace.adapters.pipeline import Model
+from fasttrace.adapters.scope import scope
+from fasttrace.adapters.text import encode_cond
+from fasttrace.engine.base import CLEAN, CORRUPT, Engine, Pair
+from fasttrace.engine.reference import ReferenceEngine
+from fasttrace.engine.text_lanes import TextLanes
+from fasttrace.errors import UsageError
+from fasttrace.plan.options import parse_choice
+from fasttrace.plan.plan import Plan, PlannedRow
+from fasttrace.planner import Planner
+from fasttrace.rows import Pictures, RowWriter, Scorer, lanes_of, rows_of_pair
+from fasttrace.types import Probe, Row
 
 if TYPE_CHECKING:
-    import torch
-
     from fasttrace.report.result import Result
 
-Pictures = dict[str, Any]  # name (no suffix) -> float tensor [3,H,W] in [0,1] on the CPU
+ENGINES: dict[str, Callable[[Model], Engine]] = {"reference": ReferenceEngine}
 
 
-class Tracer:
+class Tracer(Planner):
     """Traces any loaded diffusers pipeline of the Stable Diffusion families; leaves it as it was.
 
     `engine` is "reference" (diffusers modules and plain hooks). Raises `ModelError` where the
@@ -24,58 +36,9 @@ class Tracer:
     """
 
     def __init__(self, pipe: Any, *, engine: str = "reference") -> None:
-        raise NotImplementedError
-
-    @property
-    def name(self) -> str:
-        """What the model was loaded as: "embedded", a folder's name, a hub id."""
-        raise NotImplementedError
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 over configurations and weights; one changed weight changes it."""
-        raise NotImplementedError
-
-    def sites(self, component: str = "unet", sites: str | Sequence[str] = "paper") -> list[Site]:
-        """Sites in execution order. `component` is "unet" or "text_encoder" (every encoder)."""
-        raise NotImplementedError
-
-    def plan(
-        self,
-        probes: Probe | Sequence[Probe],
-        *,
-        component: str = "unet",
-        sites: str | Sequence[str] = "paper",
-        tokens: str | Sequence[str | int] = "default",
-        seeds: int | Sequence[int] = 1,
-        steps: int | None = None,
-        guidance: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        eta: float = 0.0,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        corruption: Corruption | str | None = None,
-        branch: str = "cond",
-        window: tuple[int, int] | tuple[float, float] | Sequence[tuple[float, float]] | None = None,
-        metric: str | Metric | Callable[..., Any] | Sequence[str | Metric] | None = None,
-    ) -> Plan:
-        """Everything the trace will ask, before anything heavy runs; `UsageError` on bad input.
-
-        probes: the captions; their subjects must be in them.
-        sites: "paper" (the default set), "all attn2" or "attn2" (a kind), names, aliases, globs.
-        tokens: text-encoder tracing only: "default", or of "subject", "last subject", "later",
-            "EOS", "padding", "earlier" and positions.
-        seeds: a count (0 .. n-1) or the seeds themselves.
-        steps, guidance, height, width, eta, generator, latents: as in the pipeline's own call;
-            None takes the model's default.
-        corruption: a record, or its kind's name.
-        branch: "cond", "uncond" or "both".
-        window: half-open range of denoiser calls, or fractions; a list asks every site in each.
-        metric: a registered key ("clip_score", "picture_similarity", "latent_distance",
-            "latent_recovery", "attribute", "clip:<folder or hub id>"), a record, a callable, several.
-        """
-        raise NotImplementedError
+        parse_choice(engine, tuple(ENGINES), "engine")
+        super().__init__(Model(pipe), engine)
+        self.engine = ENGINES[engine](self.model)
 
     def iter_rows(
         self,
@@ -94,7 +57,20 @@ class Tracer:
         picture. With `pictures=False` it is empty and `row.picture` is None.
         `on_progress(done, total)` is called after every row, skipped ones included.
         """
-        raise NotImplementedError
+        if plan.manifest["fingerprint"] != self.fingerprint:
+            raise UsageError("The model's weights changed since the plan was made; plan again.")
+        finished = 0
+        for _, group in groupby(plan.rows, key=lambda row: (row.probe, row.seed)):
+            rows = list(group)
+            todo = [row for row in rows if done is None or not done(row.key)]
+            finished += len(rows) - len(todo)
+            if not todo and on_progress is not None:
+                on_progress(finished, plan.total)
+            for found in self._rows_of_pair(plan, todo, pictures) if todo else ():
+                finished += 1
+                if on_progress is not None:
+                    on_progress(finished, plan.total)
+                yield found
 
     def trace(
         self,
@@ -106,13 +82,17 @@ class Tracer:
         occurrence: int = 0,
         on_progress: Callable[[int, int], None] | None = None,
         pictures: bool = True,
-        **options: Any,
+        **rest: Any,
     ) -> Result:
         """Plan and run in one go: `tracer.trace("a photo of a dog", "dog", seeds=4).aie()`.
 
-        `options` are those of `plan`. Returns one row per (probe, seed, site[, token, window]).
+        `rest` are the arguments of `plan`. Returns one row per (probe, seed, site[, token, window]).
         """
-        raise NotImplementedError
+        if isinstance(prompt, str):
+            if subject is None:
+                raise UsageError("Name the subject: the words of the prompt to destroy.")
+            prompt = Probe(prompt, subject, attribute, occurrence, negative_prompt)
+        return self._result(self.plan(prompt, **rest), on_progress, pictures)
 
     def swap(
         self,
@@ -120,13 +100,63 @@ class Tracer:
         other_prompt: str,
         *,
         neighbours: int = 2,
+        negative_prompt: str = "",
+        attribute: str = "",
+        subject: str = "",
         on_progress: Callable[[int, int], None] | None = None,
         pictures: bool = True,
-        **options: Any,
+        **rest: Any,
     ) -> Result:
         """LocoGen's direct effect: the prompt everywhere, `other_prompt`'s K/V in m layers.
 
         One row per window of `neighbours` consecutive cross-attention layers (arXiv 2405.01008,
-        section 4). Here the "corrupt" run of a row is the run with `other_prompt` everywhere.
+        section 4). The "corrupt" run of a row has `other_prompt` everywhere; its effect is
+        clean - score: what of the way from prompt to other prompt those layers carry.
+        `rest` are the arguments of `plan_swap`; a metric may want the subject.
         """
-        raise NotImplementedError
+        if isinstance(prompt, str):
+            prompt = Probe(prompt, subject, attribute, negative_prompt=negative_prompt)
+        plan = self.plan_swap(prompt, other_prompt, neighbours=neighbours, **rest)
+        return self._result(plan, on_progress, pictures)
+
+    def _result(
+        self, plan: Plan, on_progress: Callable[[int, int], None] | None, pictures: bool
+    ) -> Result:
+        from fasttrace.report.result import Result
+
+        rows, kept = [], {}
+        for row, found in self.iter_rows(plan, on_progress=on_progress, pictures=pictures):
+            rows.append(row)
+            kept.update(found)
+        return Result(rows, kept)
+
+    def _rows_of_pair(
+        self, plan: Plan, planned: list[PlannedRow], pictures: bool
+    ) -> Iterator[tuple[Row, Pictures]]:
+        probe = plan.probes[planned[0].probe]
+        with self._inside():
+            pair = self._pair(plan, probe, planned)
+        writer = RowWriter(plan, Scorer(self.model, plan.metrics, probe), pictures)
+        return rows_of_pair(writer, planned, self.engine.run(pair), self._inside)
+
+    def _pair(self, plan: Plan, probe: Probe, planned: list[PlannedRow]) -> Pair:
+        """Encode the texts of one (probe, seed)."""
+        model = self.model
+        clean = model.text(probe.prompt, probe.negative_prompt, model.guided(plan.sampling))
+        if plan.other_prompt is not None:
+            cond, pooled = encode_cond(model.pipe, plan.other_prompt, model.device)
+            corrupt = replace(clean, cond=cond, pooled=pooled)
+        else:
+            corrupt = corrupt_text(model, probe, plan.corruption, clean)
+        of_text = plan.component == "text_encoder"
+        return Pair(
+            texts={CLEAN: clean, CORRUPT: corrupt},
+            base=CORRUPT if plan.other_prompt is None else CLEAN,
+            start=plan.starts[planned[0].seed],
+            sampling=plan.sampling,
+            lanes=lanes_of(planned),
+            lane_text=TextLanes(model, probe, plan.corruption, clean).text if of_text else None,
+        )
+
+    def _inside(self) -> AbstractContextManager[None]:
+        return scope(self.model.pipe)

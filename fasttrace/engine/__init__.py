@@ -1,0 +1,1 @@
+"""What runs a plan. The reference engine is the obviously right, slow form."""

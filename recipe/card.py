@@ -1,7 +1,7 @@
 """Measure the bundled model and write its card: `python -m recipe.card [--captions 500]`.
 
-Writes `quality.json`, `sheet.png` and `README.md` into `fasttrace/embedded/`; the card holds no number
-that this run did not measure or that `progress.json` does not record.
+Writes `quality.json`, `sheet.png` and `README.md` into `fasttrace/embedded/`. Every number of the
+card was measured by this run or is recorded in `progress.json`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -20,60 +21,8 @@ from recipe.train_classifiers import accuracy
 from recipe.training import EMBEDDED, PROGRESS
 from recipe.world import ACTIONS, ARCHIVE, GROUNDS, OBJECTS, STYLES
 
+TEMPLATE = Path(__file__).parent / "card.md"
 TARGETS = {"object": 85, "style": 95, "colour": 85, "action": 70}
-
-CARD = """\
-# The bundled model: a small world of emoji
-
-A latent diffusion model that is small enough to ship and to trace on a laptop, in the shape of
-Stable Diffusion: a frozen CLIP text encoder, a denoiser with self-attention, cross-attention,
-feed-forward and ResNets on three levels, an autoencoder, DDIM. Plain diffusers opens it:
-
-```python
-pipe = StableDiffusionPipeline.from_pretrained("fasttrace/embedded/model")
-pipe("a dog in ink style on a yellow ground", num_inference_steps={steps}, guidance_scale={guidance})
-```
-
-![One picture of every subject, first seed tried](sheet.png)
-
-## What it draws
-
-{objects} objects and {actions} actions of a person, in {styles} styles ({style_names}), on {grounds}
-grounds ({ground_names}). A caption without a style leaves the style open; without a ground it means
-white. {multi} of the {subjects} subjects a caption can have ({share:.0f} %) take two or more tokens.
-
-## Quality, measured
-
-{captions} captions, half of them combinations never trained on (their parts were), {steps} steps of
-DDIM, guidance {guidance}; judged by the classifiers below. Missed targets are marked.
-
-| attribute | shown as asked | target | on unseen combinations | the classifier on real, unseen renders |
-| --- | --- | --- | --- | --- |
-{quality_rows}
-
-Repeat with `python -m recipe.card`. The unseen combinations are subject x style x ground triples:
-every pair in them was seen. One in nine was held out.
-
-## Parts
-
-| part | what | parameters | trained |
-| --- | --- | --- | --- |
-{part_rows}
-
-All weights are float16 safetensors, {megabytes:.1f} MB together.
-
-## How it was made
-
-`recipe/` holds every step. The pictures come from `recipe/sprites.zip` (sha256
-`{sprites_sha}`), rendered from
-{packages}. See `THIRD_PARTY_NOTICES.md`. The weights are under the licence of this repository.
-
-## What it is not
-
-It has never seen a photograph, a sentence outside its grammar, or two things in one picture. What
-tracing shows here is a fact about this model; whether a large model agrees is a question to ask that
-model. The score model and the classifiers were trained on the same small world and judge nothing else.
-"""
 
 
 def parameters(file) -> int:
@@ -129,7 +78,7 @@ def main() -> None:
     multi = sum(len(tokenizer.tokenize(s)) > 1 for s in subjects)
     weights = sum(f.stat().st_size for f in EMBEDDED.rglob("*.safetensors"))
     packages = "`@iconify-json/fluent-emoji`, `-flat`, `-high-contrast` (MIT, Microsoft)"
-    card = CARD.format(
+    card = TEMPLATE.read_text().format(
         steps=STEPS,
         guidance=GUIDANCE,
         objects=len(OBJECTS),

@@ -6,6 +6,7 @@ caption of a picture counted as a positive (two captions of one batch may both b
 
 from __future__ import annotations
 
+import json
 import sys
 
 import torch
@@ -129,6 +130,8 @@ def main() -> None:
     else:
         average.half().save_pretrained(EMBEDDED / "score")
         world.tokenizer.save_pretrained(EMBEDDED / "score")
+        statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 64}
+        (EMBEDDED / "score" / "preprocessor_config.json").write_text(json.dumps(statistics) + "\n")
 
 
 if __name__ == "__main__":

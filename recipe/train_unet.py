@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextModel
 
 from recipe.data import World, load_tokenizer
+from recipe.evaluate import GUIDANCE, STEPS, quality
 from recipe.training import EMBEDDED, WORK, arguments, load_state, seen_so_far, train
 from recipe.world import caption, draw_jittered
 
@@ -93,6 +94,12 @@ def write_pipeline(unet: UNet2DConditionModel) -> None:
     pipe.to(dtype=torch.float16).save_pretrained(MODEL)
     index = MODEL / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()), indent=1) + "\n")
+    notes = {
+        "defaults": {"steps": STEPS, "guidance": GUIDANCE},
+        "score": "../score",
+        "classifiers": "../classifiers",
+    }
+    (MODEL / "fasttrace.json").write_text(json.dumps(notes, indent=1) + "\n")
 
 
 def main() -> None:
@@ -138,8 +145,6 @@ def main() -> None:
         return (weight * (found - target).square()).mean()
 
     def evaluate(average: UNet2DConditionModel) -> str:
-        from recipe.evaluate import quality
-
         write_pipeline(_copy(average))
         figures = quality(captions=96, seed=1)
         return ", ".join(f"{k} {100 * v:.1f} %" for k, v in figures.items())

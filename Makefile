@@ -1,0 +1,71 @@
+# Everything happens in .venv, which every target brings up to date first.
+# Needs Python >= 3.11 with venv, a C++ compiler, and an internet connection the first time.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# PyPI's torch for Linux is a CUDA build of several GB, so the CPU build's index is asked as well.
+# Another build: make venv TORCH_INDEX=https://... ; other options for every install: PIP_ARGS=...
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP_ARGS ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install -q $(PIP_ARGS)
+
+# Threads that spin while they wait make small models many times slower on a busy machine.
+export OMP_WAIT_POLICY := passive
+export GOMP_SPINCOUNT := 0
+
+.PHONY: help venv demo demo-full test lint format types clean
+
+help:
+	@echo "make demo       trace the bundled model and write a report to demo-out/"
+	@echo "make demo-full  the same with every site, prompt and seed"
+	@echo "make test       run the tests         make lint types   check style and types"
+	@echo "make format     apply the style       make clean        remove what make made"
+
+venv: $(VENV)/.installed
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fasttrace needs Python 3.11 or newer; name one with make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.dependencies: constraints.txt | $(BIN)/python
+	@echo "installing the dependencies into $(VENV) (a few minutes the first time)"
+	@$(INSTALL) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $$(grep '^torch==' constraints.txt)
+	@$(INSTALL) -r constraints.txt
+	@touch $@
+
+# Editable, so that Python files need no reinstall; csrc/ is compiled again when it changes.
+$(VENV)/.installed: $(VENV)/.dependencies pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	@echo "compiling csrc/ and installing fasttrace into $(VENV)"
+	@PATH="$(abspath $(BIN)):$$PATH" FASTTRACE_REQUIRE_EXT=1 \
+		$(INSTALL) --no-build-isolation --no-deps -e .
+	@$(PIP) check > /dev/null || $(PIP) check
+	@touch $@
+
+demo: venv
+	$(BIN)/fasttrace demo --out demo-out
+
+demo-full: venv
+	$(BIN)/fasttrace demo --out demo-out --full
+
+test: venv
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i csrc/*
+
+types: venv
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

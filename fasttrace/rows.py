@@ -53,6 +53,9 @@ class Scorer:
         if run != CLEAN:
             self._score_all(run, latents, pictures)
 
+    def has(self, run: str) -> bool:
+        return bool(self.floor) if run == FLOOR else run in self.scores
+
     def picture(self, run: str) -> Tensor:
         """[3, H, W] on the CPU."""
         return self.pictures[run][0].cpu()
@@ -153,10 +156,11 @@ def rows_of_pair(
     first = True
     for row_to_be in planned:
         wanted = str(lanes[row_to_be.lane]) if row_to_be.status == "run" else FLOOR
-        with inside():
-            while wanted not in scorer.scores and not (wanted == FLOOR and scorer.floor):
-                name, latents = next(runs)
-                scorer.add(str(name), latents)
+        if not scorer.has(wanted):
+            with inside():
+                while not scorer.has(wanted):
+                    name, latents = next(runs)
+                    scorer.add(str(name), latents)
         run = wanted if row_to_be.status == "run" else CORRUPT
         row = writer.row(row_to_be, run)
         pictures: Pictures = {}

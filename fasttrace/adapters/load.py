@@ -31,7 +31,7 @@ def load(name: str, *, dtype: str | torch.dtype = "float32", device: str = "cpu"
 
     read: Any = DiffusionPipeline.from_pretrained
 
-    options: dict[str, Any] = {"torch_dtype": kind}
+    options: dict[str, Any] = {"dtype": kind}
     if isinstance(source, Path) and "safety_checker" in model_index(source):
         options |= {"safety_checker": None, "requires_safety_checker": False}
     try:

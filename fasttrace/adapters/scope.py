@@ -74,12 +74,15 @@ def scope(pipe: Any, *, keep_weights: bool = False) -> Iterator[None]:
 
 def _attributes(holder: dict[str, Any]) -> Callable[[], None]:
     """Undo for one object's attributes and for the plain containers among them."""
-    saved = dict(holder)
-    inner = {k: copy.copy(v) for k, v in saved.items() if type(v) in _COPIED}
+    saved = holder.copy()
+    inner = [(v, v.copy() if v else None) for v in saved.values() if type(v) in _COPIED]
 
     def undo() -> None:
-        for key, contents in inner.items():
-            container = saved[key]
+        for container, contents in inner:
+            if contents is None:
+                if container:
+                    container.clear()
+                continue
             container.clear()
             container.extend(contents) if type(container) is list else container.update(contents)
         if holder.keys() != saved.keys() or any(holder[k] is not v for k, v in saved.items()):

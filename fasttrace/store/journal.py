@@ -1,8 +1,8 @@
 """The ledger: one append-only file a shard, one checked line a row.
 
-A line is `{"row": {...}, "sum": "<16 hex digits>"}`; the sum is BLAKE2b over the row's bytes as they
-stand in the file. A row counts once its line is whole. A kill can tear the last line only: it is cut
-off on the next start and its row computed again. Damage anywhere else is never guessed at.
+A line is `{"row": {...}, "sum": "<16 hex digits>"}`; the sum is BLAKE2b over the row's bytes as
+they stand in the file. A row counts once its line is whole. A kill can tear the last line only: it
+is cut off on the next start and its row computed again. Damage anywhere else is never guessed at.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class JournalContents:
 
 
 def read_journal(path: Path) -> JournalContents:
-    """Read a journal without changing it. Raises `StoreError` naming a line damaged in the middle."""
+    """Read a journal, changing nothing. Raises `StoreError` naming a line damaged in the middle."""
     with disk_errors(path):
         data = path.read_bytes() if path.exists() else b""
     rows: list[Row] = []
@@ -85,7 +85,7 @@ def _damaged(path: Path, number: int, before: int) -> str:
     return (
         f"{path}, line {number}, is damaged: its checksum does not match, so something other than "
         f"fasttrace changed the file. The {before} rows before it are whole. To go on, delete that "
-        f"line (sed -i {number}d '{path}') and run the same command again; its row is computed anew."
+        f"line (sed -i {number}d '{path}') and run the same command again: its row is made anew."
     )
 
 

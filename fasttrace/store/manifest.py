@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,11 @@ class Call(BaseModel):
     shard: str = "0/1"
     planned: int = 0  # rows of this call's whole plan, every shard's included
     versions: dict[str, str] = Field(default_factory=dict)
+
+    @classmethod
+    def now(cls, command: str, **values: Any) -> Call:
+        """A call that starts at this moment."""
+        return cls(command=command, started=datetime.now(UTC).isoformat("T", "seconds"), **values)
 
 
 class Manifest(BaseModel):

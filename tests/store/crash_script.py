@@ -63,4 +63,4 @@ if __name__ == "__main__":
     trials = 1
     while trial(Path(sys.argv[1]), trials):
         trials += 1
-    print(trials)
+    sys.stdout.write(f"{trials}\n")

@@ -48,7 +48,7 @@ def test_another_value_is_refused_and_named(rows, call, tmp_path: Path):
     before = (tmp_path / "fasttrace.json").read_bytes()
     with pytest.raises(
         StoreError,
-        match="was made with steps=10, guidance=7.5; this call asks for steps=20, guidance=1.0.*--out",
+        match="made with steps=10, guidance=7.5; this call asks for steps=20, guidance=1.0.*--out",
     ):
         fill(tmp_path, rows, call, fixed={**FIXED, "steps": 20, "guidance": 1.0})
     with pytest.raises(StoreError, match=r"made with eta=\(none\); this call asks for eta=0.5"):

@@ -1,0 +1,1 @@
+"""Results in numbers, tables and one HTML page. Knows rows and pictures, no engine."""

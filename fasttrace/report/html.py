@@ -1,0 +1,78 @@
+"""The report: one HTML file that needs no network and no script for the essentials."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from fasttrace.errors import StoreError, UsageError
+from fasttrace.report.charts import NEGATIVE, NEGATIVE_SHADES, SHADES, ramp
+from fasttrace.report.result import Result
+from fasttrace.report.view import View, build_view
+from fasttrace.store.disk import write_atomic
+from fasttrace.store.manifest import Manifest
+from fasttrace.store.store import merge, require
+
+REPORT = "report.html"
+
+
+def write_report(out: Path | str, **options: Any) -> Path:
+    """Merge the shards of `out` into its table and write `report.html` beside it; its path.
+
+    `options` are those of `build_view`. Raises `StoreError` where the directory holds no rows, is
+    damaged or can't be written.
+    """
+    out = Path(out)
+    manifest = require(out)
+    merge(out)
+    path = out / REPORT
+    write_atomic(path, render(Result.open(out), manifest, **options).encode())
+    return path
+
+
+def render(result: Result, manifest: Manifest, **options: Any) -> str:
+    """The page. Raises `StoreError` without rows, `UsageError` for an unknown metric."""
+    if not result.rows:
+        raise StoreError(
+            "there are no finished rows to report yet. Run the trace again with the same command; "
+            "it goes on where it stopped."
+        )
+    metric = options.get("metric")
+    if metric is not None and metric not in result.metrics:
+        raise UsageError(
+            f"no row was scored with {metric!r}; the results hold {', '.join(result.metrics)}."
+        )
+    view = build_view(result, manifest, **options)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    template = environment.get_template("report.html.j2")
+    return template.render(view=view, shades=_shades(), versions=_versions(view))
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _versions(view: View) -> list[str]:
+    return [
+        ", ".join(f"{name} {number}" for name, number in json.loads(text).items())
+        for text in view.versions
+    ]
+
+
+def _shades() -> dict[str, list[tuple[str, str]]]:
+    """Per theme the CSS class of each shade and its colour."""
+    return {
+        theme: [(f"p{i}", c) for i, c in enumerate(ramp(theme, SHADES))]
+        + [(f"n{i}", c) for i, c in enumerate(ramp(theme, NEGATIVE_SHADES, NEGATIVE[theme]))]
+        for theme in ("light", "dark")
+    }

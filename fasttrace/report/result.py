@@ -1,0 +1,234 @@
+"""`Result`: the rows of a trace and everything that is asked of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from fasttrace.errors import UsageError
+from fasttrace.report.causal import CausalLabel, causal_set, fit_threshold
+from fasttrace.report.names import components_in_order
+from fasttrace.report.statistics import (
+    Scale,
+    SiteEffect,
+    average_effects,
+    default_minimum,
+    direction,
+    prompt_key,
+)
+from fasttrace.store.manifest import Call
+from fasttrace.store.pictures import open_picture, to_image
+from fasttrace.store.schema import FIELDS, rows_to_table
+from fasttrace.store.store import Store, read_rows, require
+from fasttrace.types import Row, pair_pictures
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class PairPictures:
+    """One (probe, seed): clean, corrupt, and per component the best restored row."""
+
+    prompt: str
+    subject: str
+    attribute: str
+    seed: int
+    clean_score: float
+    corrupt_score: float
+    clean: Image.Image | None
+    corrupt: Image.Image | None
+    best: dict[str, tuple[Row, Image.Image | None]]
+
+
+class Result:
+    """Rows of a trace, with their pictures.
+
+    `pictures` is the store's picture folder, or a mapping of names to float pictures [3,H,W] in
+    [0,1]. `lower_is_closer`: keys of the metrics that are distances; None goes by their names.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        pictures: Mapping[str, Any] | Path | None = None,
+        *,
+        lower_is_closer: Collection[str] | None = None,
+    ) -> None:
+        self.rows: tuple[Row, ...] = tuple(rows)
+        self._pictures = pictures if pictures is not None else {}
+        self.lower_is_closer = lower_is_closer
+
+    @classmethod
+    def open(cls, directory: Path | str) -> Result:
+        """The results in a directory. Raises `StoreError` where there are none, or damaged ones."""
+        directory = Path(directory)
+        lower = require(directory).fixed.get("lower_is_closer")
+        return cls(read_rows(directory), directory / "pictures", lower_is_closer=lower)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Metric keys in order of appearance."""
+        return list(dict.fromkeys(row.metric for row in self.rows))
+
+    @property
+    def components(self) -> list[str]:
+        """Component names, the denoiser first."""
+        return components_in_order(row.component for row in self.rows)
+
+    @property
+    def noise_floor(self) -> float:
+        """The largest noise floor of any row, in the metric's unit."""
+        return max((row.noise_floor for row in self.rows), default=0.0)
+
+    @property
+    def minimum(self) -> dict[str, float]:
+        """Per metric, the total effect below which a pair is left out of the means by default."""
+        return default_minimum(self.rows, self.lower_is_closer)
+
+    def where(self, **values: Any) -> Result:
+        """The rows whose columns have these values: `result.where(component="unet")`."""
+        unknown = [name for name in values if name not in FIELDS]
+        if unknown:
+            raise UsageError(f"rows have no column {unknown[0]!r}.")
+        kept = [r for r in self.rows if all(getattr(r, n) == v for n, v in values.items())]
+        return Result(kept, self._pictures, lower_is_closer=self.lower_is_closer)
+
+    def aie(self, by: str = "attribute", *, minimum: float | None = None) -> list[SiteEffect]:
+        """Average indirect effects in execution order, a list for all groups of `by` in turn.
+
+        by: "attribute", "prompt", "subject" or "all". minimum: leave out pairs whose total effect
+        is at or below it (metric's unit); None takes a tenth of the median total effect.
+        """
+        return average_effects(
+            self.rows, by=by, minimum=minimum, lower_is_closer=self.lower_is_closer
+        )
+
+    def causal(
+        self,
+        threshold: float | None = None,
+        top: int | None = None,
+        validation: Sequence[CausalLabel] | None = None,
+        *,
+        by: str = "attribute",
+        scale: Scale = "effect",
+        minimum: float | None = None,
+    ) -> list[SiteEffect]:
+        """The causal sites of each group and component, the strongest first; five by default.
+
+        threshold: at least this value on `scale` ("score", "effect", "normalised"). top: at most so
+        many. validation: a labelled set the threshold is fitted on. Sites at or below the noise
+        floor never count; `SiteEffect.p_holm` says which would pass by chance.
+        """
+        if validation is not None:
+            if threshold is not None:
+                raise UsageError("give a threshold or a validation set, not both.")
+            threshold = fit_threshold(self.rows, validation, scale)
+        if threshold is None and top is None:
+            top = 5
+        effects = self.aie(by, minimum=minimum)
+        return causal_set(effects, threshold=threshold, top=top, scale=scale)
+
+    def heatmap(self, path: Path | str | None = None, *, by: str = "attribute") -> Figure:
+        """A matplotlib figure: sites in execution order by group, text encoders layer by token."""
+        from fasttrace.report.figure import draw_heatmap
+
+        return draw_heatmap(self.aie(by), None if path is None else Path(path))
+
+    def picture(self, name: str | None) -> Image.Image | None:
+        """A picture by its name; None where it was not kept."""
+        if name is None:
+            return None
+        if isinstance(self._pictures, Path):
+            return open_picture(self._pictures, name)
+        kept = self._pictures.get(name)
+        return None if kept is None else to_image(kept).convert("RGB")
+
+    def pictures(self, limit: int | None = None) -> list[PairPictures]:
+        """Clean, corrupt and best restored pictures of each (probe, seed), in the rows' order."""
+        found = []
+        for pair in list(self.pairs().values())[:limit]:
+            first, best = pair[0], {}
+            for component in components_in_order(row.component for row in pair):
+                run = [r for r in pair if r.component == component and r.status == "run"]
+                # One metric: scores of different ones can't be compared.
+                run = [r for r in run if r.metric == first.metric]
+                if run:
+                    sign = direction(first.metric, self.lower_is_closer)
+                    row = max(run, key=lambda r, sign=sign: sign * r.effect)  # type: ignore[misc]
+                    best[component] = (row, self.picture(row.picture))
+            names = pair_pictures(first) or (None, None)
+            found.append(
+                PairPictures(
+                    first.prompt,
+                    first.subject,
+                    first.attribute,
+                    first.seed,
+                    first.clean_score,
+                    first.corrupt_score,
+                    self.picture(names[0]),
+                    self.picture(names[1]),
+                    best,
+                )
+            )
+        return found
+
+    def pairs(self) -> dict[tuple[Any, ...], list[Row]]:
+        """Rows by (probe, seed)."""
+        pairs: dict[tuple[Any, ...], list[Row]] = {}
+        for row in self.rows:
+            pairs.setdefault((*prompt_key(row), row.seed), []).append(row)
+        return pairs
+
+    def to_arrow(self) -> pa.Table:
+        """The rows as an Arrow table with the documented schema (`fasttrace.store.COLUMNS`)."""
+        return rows_to_table(self.rows)
+
+    def save(self, directory: Path | str) -> Path:
+        """Write a results directory that `Result.open` and `fasttrace report` read.
+
+        Raises `StoreError` where the directory belongs to something else or holds other results.
+        """
+        if not self.rows:
+            raise UsageError("there are no rows to save.")
+        fixed: dict[str, Any] = {"saved_from": "python", "metrics": sorted(self.metrics)}
+        if self.lower_is_closer is not None:
+            fixed["lower_is_closer"] = sorted(self.lower_is_closer)
+        fixed |= {
+            name: sorted({getattr(row, name) for row in self.rows})
+            for name in ("fingerprint", "corruption", "sampling", "branch", "engine")
+        }
+        versions = json.loads(self.rows[0].versions)
+        call = Call.now("Result.save (from Python)", planned=len(self.rows), versions=versions)
+        with Store.open(directory, fixed=fixed, call=call) as store:
+            for row in self.rows:
+                store.add(row, self._kept(row))
+            store.finish()
+        return Path(directory)
+
+    def _kept(self, row: Row) -> dict[str, Any]:
+        if row.picture is None:
+            return {}
+        kept = {}
+        for name in (row.picture, *(pair_pictures(row) or ())):
+            image = self.picture(name)
+            if image is not None:
+                kept[name] = np.asarray(image, np.float32).transpose(2, 0, 1) / 255.0
+        return kept
+
+    def __repr__(self) -> str:
+        from fasttrace.report.text import summary, top_table
+
+        if not self.rows:
+            return "Result: no rows"
+        return f"Result: {summary(self)}\n{top_table(self.causal(top=3))}"

@@ -1,0 +1,251 @@
+"""From a `Result` and its manifest to what the template prints; no HTML here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fasttrace.report.charts import (
+    Chart,
+    Ranks,
+    Spots,
+    Whisker,
+    execution_map,
+    limit_of,
+    token_map,
+    u_shape,
+    whiskers,
+)
+from fasttrace.report.examples import Example, counted_first, example_of
+from fasttrace.report.facts import below, correlations, facts, settings, unrun
+from fasttrace.report.names import (
+    KIND_WORDS,
+    component_words,
+    components_in_order,
+    in_order,
+    layer,
+    words,
+)
+from fasttrace.report.result import Result
+from fasttrace.report.statistics import SiteEffect, counts, direction, grouping
+from fasttrace.report.text import chance, percent
+from fasttrace.store.manifest import Manifest
+from fasttrace.types import Row
+
+
+@dataclass(frozen=True)
+class TableLine:
+    rank: int
+    effect: SiteEffect
+    place: str
+    share: str
+    chance: str
+    whisker: Whisker
+
+
+@dataclass(frozen=True)
+class CausalTable:
+    component: str
+    lines: list[TableLine]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Everything about one attribute."""
+
+    name: str
+    prompts: int
+    pairs: int
+    excluded: int
+    heads: list[str]  # one sentence a component
+    shape: Chart | None
+    examples: list[Example]
+    tables: list[CausalTable]
+
+
+@dataclass(frozen=True)
+class View:
+    model: str
+    metric: str
+    metrics: list[str]
+    facts: list[tuple[str, str]]
+    groups: list[Group]
+    maps: list[tuple[str, Chart, str]]  # component, chart, the largest share
+    token_maps: list[tuple[str, list[Chart], str]]  # component and kind, a chart a group
+    floor: float
+    minimum: float
+    left_out: list[Row]
+    below_floor: list[tuple[str, int, int]]  # component, below, run
+    unrun: list[tuple[str, str, int]]  # component, why, how many sites
+    testable: bool
+    correlations: list[tuple[str, list[tuple[str, str]]]]
+    calls: list[str]
+    settings: list[tuple[str, str]]
+    planned: int
+    rows: int
+    versions: list[str]
+
+
+def build_view(
+    result: Result,
+    manifest: Manifest,
+    *,
+    by: str = "attribute",
+    metric: str | None = None,
+    minimum: float | None = None,
+    threshold: float | None = None,
+    top: int | None = None,
+    examples: int = 4,
+) -> View:
+    """`examples`: pictures of so many pairs a group, the first ones in the table's order."""
+    metric = metric or result.metrics[0]
+    kept = result.where(metric=metric)
+    least = kept.minimum[metric] if minimum is None else minimum
+    effects = kept.aie(by, minimum=least)
+    chosen = kept.causal(
+        threshold, top if threshold is not None or top is not None else 5, by=by, minimum=least
+    )
+    ranks = _ranks(chosen)
+    names = in_order(e.group for e in effects)
+    effects.sort(key=lambda e: names.index(e.group))
+    sign = direction(metric, kept.lower_is_closer)
+    pairs = kept.pairs()
+    shown: dict[str, list[Example]] = {name: [] for name in names}
+    spots: Spots = {}
+    group_of = grouping(by)
+    for pair in counted_first(list(pairs.values()), least, sign):
+        name = group_of(pair[0])
+        if len(shown[name]) < examples:
+            first = not shown[name]
+            shown[name].append(example_of(kept, pair, sign, least, spots if first else None, name))
+    limits = {c: limit_of([e for e in effects if e.component == c]) for c in kept.components}
+    return View(
+        model=kept.rows[0].model,
+        metric=metric,
+        metrics=result.metrics,
+        facts=facts(kept, len(pairs)),
+        groups=[
+            _group(
+                name,
+                [e for e in effects if e.group == name],
+                [e for e in chosen if e.group == name],
+                limits,
+                ranks,
+                spots,
+                shown[name],
+                [pair[0] for pair in pairs.values() if group_of(pair[0]) == name],
+                least,
+                sign,
+            )
+            for name in names
+        ],
+        maps=[
+            (
+                component_words(c),
+                execution_map([e for e in effects if e.component == c], ranks, spots),
+                percent(limits[c]),
+            )
+            for c in kept.components
+            if not _is_text(effects, c)
+        ],
+        token_maps=_token_maps(effects, names, kept.components, limits, ranks, spots),
+        floor=kept.noise_floor,
+        minimum=least,
+        left_out=[p[0] for p in pairs.values() if not counts(p[0], least, sign)],
+        below_floor=[below(effects, c) for c in kept.components],
+        unrun=unrun(effects),
+        testable=any(e.testable for e in effects),
+        correlations=correlations(effects, names, kept.components),
+        calls=list(dict.fromkeys(call.command for call in manifest.calls)),
+        settings=settings(kept, manifest),
+        planned=manifest.calls[-1].planned if manifest.calls else 0,
+        rows=len(result),
+        versions=sorted({row.versions for row in kept.rows}),
+    )
+
+
+def _is_text(effects: Sequence[SiteEffect], component: str) -> bool:
+    return all(layer(e.site) is not None for e in effects if e.component == component)
+
+
+def _token_maps(
+    effects: Sequence[SiteEffect],
+    names: list[str],
+    components: list[str],
+    limits: dict[str, float],
+    ranks: Ranks,
+    spots: Spots,
+) -> list[tuple[str, list[Chart], str]]:
+    """A line of charts for each kind of site, a chart a group: groups are compared across."""
+    found = []
+    for component in components:
+        if not _is_text(effects, component):
+            continue
+        own = [e for e in effects if e.component == component]
+        for kind in dict.fromkeys(e.kind for e in own):
+            charts = [
+                token_map(cells, limits[component], ranks, spots, name)
+                for name in names
+                if (cells := [e for e in own if e.kind == kind and e.group == name])
+            ]
+            title = f"{component_words(component)}: {KIND_WORDS.get(kind, kind)}"
+            found.append((title, charts, percent(limits[component])))
+    return found
+
+
+def _ranks(chosen: Sequence[SiteEffect]) -> Ranks:
+    ranks: Ranks = {}
+    counters: dict[tuple[str, str], int] = {}
+    for e in chosen:
+        number = counters[e.group, e.component] = counters.get((e.group, e.component), 0) + 1
+        ranks.setdefault((e.group, e.component, e.site, e.selector), number)
+    return ranks
+
+
+def _group(
+    name: str,
+    effects: list[SiteEffect],
+    chosen: list[SiteEffect],
+    limits: dict[str, float],
+    ranks: Ranks,
+    spots: Spots,
+    examples: list[Example],
+    pairs: list[Row],
+    minimum: float,
+    sign: float,
+) -> Group:
+    components = components_in_order(e.component for e in effects)
+    shapes = [
+        u_shape(own, limits[c], ranks, spots)
+        for c in components
+        if (own := [e for e in effects if e.component == c]) and not _is_text(own, c)
+    ]
+    counted = [row for row in pairs if counts(row, minimum, sign)]
+    return Group(
+        name=name,
+        prompts=len({(r.prompt, r.subject, r.occurrence) for r in counted}),
+        pairs=len(counted),
+        excluded=len(pairs) - len(counted),
+        heads=[_head(component, chosen) for component in components],
+        shape=shapes[0] if shapes else None,
+        examples=examples,
+        tables=[_table(component, chosen) for component in components],
+    )
+
+
+def _head(component: str, chosen: Sequence[SiteEffect]) -> str:
+    best = next((e for e in chosen if e.component == component), None)
+    if best is None:
+        return f"{component_words(component)}: no site above the noise floor."
+    where = words(best.site, best.kind)
+    where += "" if best.selector == "all" else f" at {best.selector}"
+    return f"{component_words(component)}: {where} restores {percent(best.normalised)}."
+
+
+def _table(component: str, chosen: Sequence[SiteEffect]) -> CausalTable:
+    own = [e for e in chosen if e.component == component]
+    lines = [
+        TableLine(i + 1, e, words(e.site, e.kind), percent(e.normalised), chance(e), whisker)
+        for i, (e, whisker) in enumerate(zip(own, whiskers(own), strict=True))
+    ]
+    return CausalTable(component_words(component), lines)

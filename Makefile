@@ -10,13 +10,13 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install -q $(PIP_ARGS)
+INSTALL := $(PIP) install -qq $(PIP_ARGS)
 
 # Threads that spin while they wait make small models many times slower on a busy machine.
 export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help venv demo demo-full test lint format types clean
+.PHONY: help venv demo demo-full test lint format types clean FORCE
 
 help:
 	@echo "make demo       trace the bundled model and write a report to demo-out/"
@@ -27,7 +27,7 @@ help:
 venv: $(VENV)/.installed
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fasttrace needs Python 3.11 or newer; name one with make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fasttrace needs Python 3.11 or newer; name one with make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.dependencies: constraints.txt | $(BIN)/python
@@ -36,8 +36,13 @@ $(VENV)/.dependencies: constraints.txt | $(BIN)/python
 	@$(INSTALL) -r constraints.txt
 	@touch $@
 
-# Editable, so that Python files need no reinstall; csrc/ is compiled again when it changes.
-$(VENV)/.installed: $(VENV)/.dependencies pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+# An editable install remembers where each module lies, so it is renewed when one is added or moved.
+$(VENV)/.modules: FORCE | $(BIN)/python
+	@find fasttrace kernels -name '*.py' | sort > $@.now
+	@cmp -s $@.now $@ && rm $@.now || mv $@.now $@
+
+# Editable, so that an edit needs no reinstall; csrc/ is compiled again when it changes.
+$(VENV)/.installed: $(VENV)/.dependencies $(VENV)/.modules pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	@echo "compiling csrc/ and installing fasttrace into $(VENV)"
 	@PATH="$(abspath $(BIN)):$$PATH" FASTTRACE_REQUIRE_EXT=1 \
 		$(INSTALL) --no-build-isolation --no-deps -e .

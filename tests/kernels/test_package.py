@@ -161,3 +161,13 @@ def test_nvcc_compiles_without_torch(capability, tmp_path):
 
 def test_torch_is_new_enough_for_the_stable_abi():
     assert tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+
+
+def test_the_folder_kernels_is_not_mistaken_for_hugging_faces():
+    """Their package is imported as `kernels`, and transformers looks whether it is there."""
+    from importlib import metadata
+
+    from transformers.utils.import_utils import is_kernels_available
+
+    installed = any(name == "kernels" for name in metadata.packages_distributions())
+    assert is_kernels_available() == installed

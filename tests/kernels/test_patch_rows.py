@@ -66,6 +66,8 @@ def test_nan_of_the_source_arrives(run):
     assert got[:2, 1].tolist() == [40.0, 22.0]
 
 
+# numpy, in Triton's interpreter, speaks of the NaNs and infinities among the bits.
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_copies_keep_every_bit(run, dtype):
     """Also of NaNs that carry a payload and of denormals, which arithmetic would change."""
@@ -83,12 +85,10 @@ def test_copies_keep_every_bit(run, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", PATCH_ROWS.shapes.values(), ids=PATCH_ROWS.shapes.keys())
 def test_equals_reference(run, form, dtype, shape):
-    if form == "triton" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter truncates to bfloat16 instead of rounding")
     example = PATCH_ROWS.example(shape, dtype, 0)
     got, want = run(PATCH_ROWS, **example), PATCH_ROWS.reference(**example)
     if form == "compiled":
-        assert_same_bits(got, want)  # built without fused multiply-add, so to the last bit
+        assert_same_bits(got, want)  # built without fused multiply-add
     assert_within(got, want, PATCH_ROWS.tolerance[dtype])
 
 

@@ -1,0 +1,211 @@
+"""The page: self-contained, escaped, honest; looked at in a real browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fasttrace.errors import StoreError, UsageError
+from fasttrace.report.charts import ramp, shade
+from fasttrace.report.html import render, write_report
+from fasttrace.report.result import Result
+from fasttrace.store import Call, Manifest, Store
+
+HOSTILE = '<script>alert("x")</script> & \'"><img src=https://evil.example/x onerror=alert(1)>'
+
+
+@pytest.fixture(scope="module")
+def manifest():
+    command = "fasttrace trace fake --probes 'my probes.json' --out out"
+    return Manifest(fixed={"dtype": "float32"}, calls=[Call.now(command)])
+
+
+@pytest.fixture(scope="module")
+def page(rows, fakes, manifest):
+    pictures = {}
+    for row in rows[:70]:
+        pictures |= fakes.fake_pictures(row)
+    return render(Result(rows, pictures), manifest)
+
+
+def text_of(page: str) -> str:
+    return re.sub(r"<[^>]*>", " ", page)
+
+
+def test_has_every_section_and_number(page, rows):
+    for words in (
+        "Where fake keeps what it knows", "In short", "Where it sits", "Layer by token",
+        "The causal sites", "n = 3, no interval", "noise floor", "fasttrace 0.1.0",
+        "layer 0, self-attention", "mid, attention 0, cross-attention", "picture not kept",
+        "There are too few prompts", "torch 2.13.0",
+    ):  # fmt: skip
+        assert words in page, words
+    assert "fasttrace trace fake --probes &#39;my probes.json&#39; --out out" in page
+    assert page.count('<rect class="cell') == 2 * 4 * 70 + 4 * 12 * 3 * 4
+    assert "not run: unreachable" in page
+    assert len(page) < 3_000_000
+
+
+def test_needs_no_network_and_no_file(page):
+    assert not re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?(?!#|data:|\$)[^\"')\s]+", page)
+    assert "http:" not in page
+    assert "https:" not in page
+    assert "default-src 'none'" in page
+
+
+def test_hostile_text_stays_text(rows, fakes, manifest):
+    bad = [
+        replace(r, key=f"bad{r.key}", prompt=HOSTILE, subject=HOSTILE, attribute=HOSTILE,
+                model=HOSTILE, selector=HOSTILE, status=r.status)
+        for r in rows if r.component == "text_encoder"
+    ][:144]  # fmt: skip
+    other = manifest.model_copy(update={"calls": [Call.now(f"fasttrace trace {HOSTILE}")]})
+    page = render(Result(bad), other)
+    assert "<script>alert" not in page
+    assert "<img src=https" not in page
+    assert page.count("<script>") == 1
+    assert "&lt;script&gt;alert" in page
+
+
+def test_groups_have_a_fixed_order(page):
+    names = re.findall(r"<header><h3>(\w+)</h3>", page)
+    assert names == ["object", "style", "colour", "action"]
+
+
+def test_numbers_within_the_noise_floor_are_marked(rows, manifest):
+    page = render(Result([replace(r, noise_floor=0.4) for r in rows]), manifest)
+    assert "within the noise floor of 0.4" in page
+    assert 'class="veil"' in page
+    below, run = re.search(r"UNet: (\d+) of (\d+) averages are within it", page).groups()
+    assert 0 < int(below) < int(run) == 4 * 70
+
+
+def test_left_out_pairs_are_counted_and_named(fakes, manifest):
+    rows = list(fakes.fake_sweep(("object",), prompts=6, components=("unet",)))
+    page = render(Result(rows), manifest)
+    assert "1 of 6 pairs left out" in page
+    assert "an old clock on a wall, <mark>clock</mark>, seed 0: 0.00015" in page
+
+
+def test_with_enough_prompts_intervals_and_marks_appear(fakes, manifest):
+    rows = []
+    for seed in range(12):
+        rows += list(fakes.fake_sweep(("style",), prompts=2, seeds=(seed,), components=("unet",)))
+    page = render(Result(rows), manifest)
+    assert "no interval" not in text_of(page)
+    assert 'class="range"' in page
+    assert re.search(r"p = \S+ \*", page)
+
+
+def test_unfinished_sweeps_say_so(rows, manifest):
+    open_ended = manifest.model_copy(update={"calls": [Call.now("x", planned=10**6)]})
+    assert "Unfinished" in render(Result(rows), open_ended)
+
+
+def test_several_metrics(rows, manifest):
+    both = Result([*rows, *(replace(r, key=r.key + "b", metric="attribute") for r in rows)])
+    assert "this page shows clip_score" in render(both, manifest)
+    assert "this page shows attribute" in render(both, manifest, metric="attribute")
+    with pytest.raises(UsageError, match="no row was scored with 'hat'"):
+        render(both, manifest, metric="hat")
+
+
+def test_sites_without_blocks_or_layers_still_draw(rows, manifest):
+    odd = [replace(r, site=f"unet.something.{r.site_index}") for r in rows if r.kind == "ff"]
+    assert "something.5" in render(Result(odd), manifest)
+
+
+def test_written_into_the_directory(rows, fakes, tmp_path: Path):
+    with pytest.raises(StoreError, match="holds no results"):
+        write_report(tmp_path / "nothing")
+    with Store.open(tmp_path, fixed={}, call=Call.now("fasttrace trace x")) as store:
+        with pytest.raises(StoreError, match="no finished rows"):
+            write_report(tmp_path)
+        for row in rows[:70]:
+            store.add(row, fakes.fake_pictures(row))
+    path = write_report(tmp_path)
+    assert path == tmp_path / "report.html"
+    assert path.read_text().count("data:image/webp;base64,") > 3
+    assert (tmp_path / "results.parquet").is_file()
+
+
+def test_ramps_go_from_quiet_to_strong():
+    for theme in ("light", "dark"):
+        light = [sum(bytes.fromhex(c[1:])) for c in ramp(theme, 32)]
+        steps = np.diff(light)
+        assert (steps < 0).all() if theme == "light" else (steps > -12).all()
+    assert shade(0.0, 1.0) == "p0"
+    assert shade(1.0, 1.0) == "p31"
+    assert shade(-1.0, 1.0) == "n7"
+    assert shade(-9.0, 1.0) == "n7"
+    assert shade(float("nan"), 1.0) == "none"
+
+
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--hide-scrollbars", "--virtual-time-budget=3000",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if found is None:
+        pytest.skip("no Chromium on this machine: the page was not looked at in a browser")
+    return found
+
+
+def look(chromium: str, page: Path, profile: Path, *flags: str) -> str:
+    done = subprocess.run(
+        [chromium, *FLAGS, f"--user-data-dir={profile}", *flags, page.as_uri()],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def near(picture: Path, colour: str) -> int:
+    """How many pixels have a colour, give or take 3 a channel."""
+    pixels = np.asarray(Image.open(picture).convert("RGB"), int)
+    target = np.array(list(bytes.fromhex(colour[1:])))
+    return int((abs(pixels - target).max(-1) <= 3).sum())
+
+
+@pytest.mark.browser
+def test_a_browser_shows_it(chromium: str, page: str, tmp_path: Path):
+    """Laid out without overflow; hovering works; coloured in both themes without its script."""
+    path = tmp_path / "report.html"
+    # What a person would do: point at a cell.
+    path.write_text(
+        page.replace(
+            "</body>",
+            """<script>addEventListener("load", () => {
+            const cell = document.querySelector("rect.cell[data-sheet]");
+            cell.dispatchEvent(new PointerEvent("pointerenter", {clientX: 9, clientY: 9}));
+            document.body.dataset.over = document.documentElement.scrollWidth - innerWidth;
+            });</script></body>""",
+        )
+    )
+    dom = look(chromium, path, tmp_path / "profile", "--window-size=1400,1000", "--dump-dom")
+    assert 'data-ready="yes"' in dom
+    assert re.search(r'id="tip"[^>]*display: block.*restored here', dom, re.S)
+    assert int(re.search(r'data-over="(-?\d+)"', dom)[1]) <= 0
+
+    path.write_text(re.sub(r"<script>.*?</script>", "", page, flags=re.S))
+    for theme, flag in (("light", "1"), ("dark", "0")):
+        shot = tmp_path / f"{theme}.png"
+        look(
+            chromium, path, tmp_path / theme, "--window-size=1400,2200", f"--screenshot={shot}",
+            f"--blink-settings=preferredColorScheme={flag}",
+        )  # fmt: skip
+        strongest, quiet = ramp(theme, 32)[-1], ramp(theme, 32)[0]
+        assert near(shot, strongest) > 500, theme
+        assert near(shot, quiet) > 5_000, theme

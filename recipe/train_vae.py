@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from recipe.data import World
-from recipe.training import EMBEDDED, WORK, arguments, load_state, train
+from recipe.training import EMBEDDED, WORK, arguments, load_state, train, use_plain_attention
 
 
 def build() -> AutoencoderKL:
@@ -28,15 +28,14 @@ def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main() -> None:
-    args = arguments(minutes=30, batch=32, lr=8e-4)
+    args = arguments(minutes=30, batch=16, lr=1e-3)
+    use_plain_attention()
     world, unseen = World(args.seed + 100), World(101, held_out=True)
     vae = build()
     views = load_state(WORK / "vae.safetensors", vae)
-    vae.to(memory_format=torch.channels_last)
 
     def loss_of_batch(n: int) -> torch.Tensor:
         x = world.pictures(world.batch_scenes(n)) * 2 - 1
-        x = x.contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample.float()
         error = (y - x).abs().mean() + (y - x).square().mean()

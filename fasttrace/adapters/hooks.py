@@ -31,12 +31,15 @@ def watching(
 
 @contextmanager
 def rewriting(
-    modules: Mapping[str, nn.Module], new: Callable[[str, Tensor], Tensor | None]
+    modules: Mapping[str, nn.Module],
+    new: Callable[[str, Tensor], Tensor | None],
+    *,
+    first: bool = False,
 ) -> Iterator[None]:
     """Outputs become `new(name, output)` wherever that is not None.
 
-    The hooks run before all others: transformers collects hidden states with hooks of its own, and
-    has to see the patched ones.
+    The hooks run after all others, or before them with `first`: transformers collects hidden states
+    with hooks of its own, which have to see what is written.
     """
 
     def hook_for(name: str) -> Callable[[nn.Module, Any, Any], Any]:
@@ -48,7 +51,7 @@ def rewriting(
 
         return hook
 
-    handles = [m.register_forward_hook(hook_for(n), prepend=True) for n, m in modules.items()]
+    handles = [m.register_forward_hook(hook_for(n), prepend=first) for n, m in modules.items()]
     try:
         yield
     finally:

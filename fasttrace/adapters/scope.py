@@ -46,6 +46,7 @@ def scope(pipe: Any, *, keep_weights: bool = False) -> Iterator[None]:
         for t in (*part.parameters(), *part.buffers())
         if not t.is_meta
     ]
+    learning = [t.requires_grad for t in tensors]
     versions = [None if t.is_inference() else t._version for t in tensors]
     copies = [t.detach().clone() for t in tensors] if keep_weights else None
     try:
@@ -56,6 +57,9 @@ def scope(pipe: Any, *, keep_weights: bool = False) -> Iterator[None]:
     finally:
         for step in reversed(undo):
             step()
+        for tensor, wanted in zip(tensors, learning, strict=True):
+            if tensor.requires_grad != wanted:
+                tensor.requires_grad_(wanted)
         edited = [
             i
             for i, (t, v) in enumerate(zip(tensors, versions, strict=True))

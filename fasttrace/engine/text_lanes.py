@@ -53,7 +53,7 @@ class TextLanes:
         with ExitStack() as hooks:
             enter_corruption(hooks, self.model, self.probe, self.corruption)
             sites = {p.site.name: self.modules[p.site.name] for p in lane.patches}
-            hooks.enter_context(rewriting(sites, write))
+            hooks.enter_context(rewriting(sites, write, first=True))
             prompt = corrupt_prompt(self.probe, self.corruption)
             cond, pooled = encode_cond(self.model.pipe, prompt, self.model.device)
         for patch in lane.patches:

@@ -1,0 +1,120 @@
+"""Which sites there are, in which order and of which shape."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from fasttrace.adapters.catalogue import list_sites
+from fasttrace.adapters.hooks import watching
+from fasttrace.adapters.pipeline import Model
+from fasttrace.adapters.scope import scope
+from fasttrace.adapters.selection import select_sites
+
+STAGES = ("down", "mid", "up")
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("sd14", 70), ("sd15", 70), ("openjourney", 70), ("sd21", 70), ("sdxl", 227)],
+)
+def test_the_authors_own_counts(name, count):
+    assert len(list_sites(name)) == count
+
+
+def test_sd15_in_detail():
+    sites = list_sites("sd15")
+    kinds = {k: sum(s.kind == k for s in sites) for k in ("resnet", "attn1", "attn2", "ff")}
+    assert kinds == {"resnet": 22, "attn1": 16, "attn2": 16, "ff": 16}
+    assert [s.index for s in sites] == list(range(70))
+    stages = [STAGES.index(s.name.split(".")[1].split("_")[0]) for s in sites]
+    assert stages == sorted(stages)  # registration order has up before mid
+    assert [s.name for s in sites[:4]] == [
+        "unet.down_blocks.0.resnets.0",
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1",
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2",
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.ff",
+    ]
+    shapes = {s.name: s.shape for s in sites}
+    assert shapes["unet.down_blocks.0.resnets.0"] == (320, 64, 64)
+    assert shapes["unet.mid_block.attentions.0.transformer_blocks.0.attn2"] == (64, 1280)
+    assert shapes["unet.up_blocks.3.resnets.2"] == (320, 64, 64)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+def test_aliases_are_unique_and_resolve(name):
+    sites = list_sites(name)
+    aliases = [a for s in sites for a in s.aliases]
+    assert len(set(aliases)) == len(sites)
+    for site in sites[:: len(sites) // 7]:
+        assert select_sites(sites, site.aliases[0]) == [site]
+
+
+def test_aliases_of_sd15():
+    named = {s.aliases[0]: s.name for s in list_sites("sd15")}
+    assert named["down-1-resnet-1"] == "unet.down_blocks.1.resnets.1"
+    assert named["mid-0-resnet-1"] == "unet.mid_block.resnets.1"
+    block = "attentions.{}.transformer_blocks.0"
+    assert named["self-attn-0-down"] == f"unet.down_blocks.0.{block.format(0)}.attn1"
+    assert named["cross-attn-3-down"] == f"unet.down_blocks.1.{block.format(1)}.attn2"
+    assert named["ff-0-mid"] == f"unet.mid_block.{block.format(0)}.ff"
+    assert named["cross-attn-8-up"] == f"unet.up_blocks.3.{block.format(2)}.attn2"
+
+
+def test_a_saved_folder_lists_what_a_loaded_pipeline_does(pipeline, folders):
+    model = Model(pipeline)
+    size = model.default("height")
+    assert list_sites(str(folders[model.name])) == list(model.sites(size, size).sites)
+
+
+def test_order_and_shapes_are_those_of_a_real_run(pipeline, probe):
+    model = Model(pipeline)
+    size = model.default("height")
+    seen = []
+    with (
+        scope(pipeline),
+        watching(model.unet_modules(), lambda n, o: seen.append((n, o.shape[1:]))),
+    ):
+        pipeline(probe.prompt, num_inference_steps=1, output_type="latent")
+    sites = model.sites(size, size).sites
+    assert seen == [(s.name, torch.Size(s.shape)) for s in sites]
+
+
+def test_shapes_follow_the_picture(sd):
+    model = Model(sd)
+    small, large = model.sites(16, 16).sites, model.sites(32, 48).sites
+    assert small[0].shape == (8, 8, 8)
+    assert large[0].shape == (8, 16, 24)
+    assert [s.name for s in small] == [s.name for s in large]
+
+
+def test_text_fed_sites(pipeline):
+    layout = Model(pipeline).sites(16, 16)
+    assert layout.text_fed == {s.name for s in layout.sites if s.kind == "attn2"}
+
+
+def test_discovery_leaves_weights_alone(sd):
+    before = {n: (p.data_ptr(), p._version, p.device.type) for n, p in sd.unet.named_parameters()}
+    Model(sd).sites(16, 16)
+    after = {n: (p.data_ptr(), p._version, p.device.type) for n, p in sd.unet.named_parameters()}
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    ("wanted", "count"),
+    [
+        ("paper", 70),
+        ("all", 70),
+        ("attn2", 16),
+        ("all attn2", 16),
+        ("resnet", 22),
+        ("unet.mid_block.*", 5),
+        ("mid_block.*", 5),
+        ("self-attn-*-up", 9),
+        (["resnet", "down-0-resnet-0", "ff"], 38),
+    ],
+)
+def test_selection(wanted, count):
+    sites = list_sites("sd15", sites=wanted)
+    assert len(sites) == count
+    assert all(a.index < b.index for a, b in pairwise(sites))

@@ -15,6 +15,7 @@
 
 #ifdef FASTTRACE_CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #endif
 
 namespace fasttrace {
@@ -275,6 +276,7 @@ Tensor patch_rows_cpu(const Tensor& out, const Tensor& source, const Tensor& ind
 void patch_rows_cuda_(Tensor out, const Tensor& source, const Tensor& index, const Tensor& strength,
                       const OptionalTensor& mask) {
   const auto device = out.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   require(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
           "there is no CUDA stream for device ", device);

@@ -124,16 +124,14 @@ def test_mask_of_pooled_text_picks_channels(run):
 
 
 def test_nan_behind_the_mask_stays_out(run):
-    out, source = torch.zeros(1, 2, 2), torch.tensor([[[NAN, NAN], [1.0, 1.0]]])
-    got = run(
-        PATCH_ROWS,
-        out,
-        source=source,
-        index=table(0),
-        strength=table(0.5),
-        mask=table(0.0, 1.0)[None],
-    )
+    amounts = {"index": table(0), "strength": table(0.5)}
+    source = torch.tensor([[[NAN, NAN], [1.0, 1.0]]])
+    tokens = table(0.0, 1.0)[None]
+    got = run(PATCH_ROWS, torch.zeros(1, 2, 2), source=source, mask=tokens, **amounts)
     assert got.tolist() == [[[0.0, 0.0], [0.5, 0.5]]]
+    channels = tokens[:, None]
+    got = run(PATCH_ROWS, torch.zeros(1, 2, 2), source=source.mT, mask=channels, **amounts)
+    assert got.tolist() == [[[0.0, 0.5], [0.0, 0.5]]]
 
 
 LAYOUTS = {
@@ -211,6 +209,9 @@ def test_lanes_read_lanes_of_the_same_batch(form):
     batch = torch.arange(12.0).reshape(4, 3)
     functions[form](batch, batch, table(-1, 0, 2, 0), table(1.0, 1.0, 0.3, 0.5))
     assert batch.tolist() == [[0, 1, 2], [0, 1, 2], [6, 7, 8], [4.5, 5.5, 6.5]]
+    # Lane 0 has a source but strength 0, so it is as good as unpatched and can be read.
+    functions[form](batch, batch, table(1, 0, -1, -1), table(0.0, 0.5, 1.0, 1.0))
+    assert batch[:2].tolist() == [[0, 1, 2], [0, 1, 2]]
 
 
 def test_no_lanes():

@@ -37,12 +37,12 @@ class Example:
     sheets: list[tuple[str, str, Sheet]] = field(default_factory=list)  # id, component, sheet
 
 
-def counted_first(pairs: list[list[Row]], minimum: float, sign: float) -> list[list[Row]]:
-    return sorted(pairs, key=lambda pair: not counts(pair[0], minimum, sign))
+def counted_first(pairs: list[list[Row]], minimum: float) -> list[list[Row]]:
+    return sorted(pairs, key=lambda pair: not counts(pair[0], minimum))
 
 
 def example_of(
-    result: Result, pair: list[Row], sign: float, minimum: float, spots: Spots | None, name: str
+    result: Result, pair: list[Row], minimum: float, spots: Spots | None, name: str
 ) -> Example:
     first = pair[0]
     clean, corrupt = pair_pictures(next((r for r in pair if r.picture), first)) or (None, None)
@@ -55,7 +55,7 @@ def example_of(
         first.subject,
         first.seed,
         first.metric,
-        counts(first, minimum, sign),
+        counts(first, minimum),
         pictures,
     )
     for component in components_in_order(row.component for row in pair):
@@ -63,7 +63,7 @@ def example_of(
         if not run:
             continue
         run.sort(key=lambda r: r.site_index)
-        best = max(run, key=lambda r: sign * r.effect)
+        best = max(run, key=lambda r: r.effect)
         where = words(best.site, best.kind)
         where += "" if best.selector == "all" else f" @ {best.selector}"
         image = result.picture(best.picture)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,6 @@ from fasttrace.report.statistics import (
     SiteEffect,
     average_effects,
     default_minimum,
-    direction,
     prompt_key,
 )
 from fasttrace.store.manifest import Call
@@ -31,6 +30,9 @@ from fasttrace.types import Row, pair_pictures
 if TYPE_CHECKING:
     import pyarrow as pa
     from matplotlib.figure import Figure
+
+
+DEFAULT_TOP = 5
 
 
 @dataclass(frozen=True)
@@ -52,26 +54,23 @@ class Result:
     """Rows of a trace, with their pictures.
 
     `pictures` is the store's picture folder, or a mapping of names to float pictures [3,H,W] in
-    [0,1]. `lower_is_closer`: keys of the metrics that are distances; None goes by their names.
+    [0,1].
     """
 
     def __init__(
         self,
         rows: Iterable[Row],
         pictures: Mapping[str, Any] | Path | None = None,
-        *,
-        lower_is_closer: Collection[str] | None = None,
     ) -> None:
         self.rows: tuple[Row, ...] = tuple(rows)
         self._pictures = pictures if pictures is not None else {}
-        self.lower_is_closer = lower_is_closer
 
     @classmethod
     def open(cls, directory: Path | str) -> Result:
         """The results in a directory. Raises `StoreError` where there are none, or damaged ones."""
         directory = Path(directory)
-        lower = require(directory).fixed.get("lower_is_closer")
-        return cls(read_rows(directory), directory / "pictures", lower_is_closer=lower)
+        require(directory)
+        return cls(read_rows(directory), directory / "pictures")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -94,7 +93,7 @@ class Result:
     @property
     def minimum(self) -> dict[str, float]:
         """Per metric, the total effect below which a pair is left out of the means by default."""
-        return default_minimum(self.rows, self.lower_is_closer)
+        return default_minimum(self.rows)
 
     def where(self, **values: Any) -> Result:
         """The rows whose columns have these values: `result.where(component="unet")`."""
@@ -102,7 +101,7 @@ class Result:
         if unknown:
             raise UsageError(f"rows have no column {unknown[0]!r}.")
         kept = [r for r in self.rows if all(getattr(r, n) == v for n, v in values.items())]
-        return Result(kept, self._pictures, lower_is_closer=self.lower_is_closer)
+        return Result(kept, self._pictures)
 
     def aie(self, by: str = "attribute", *, minimum: float | None = None) -> list[SiteEffect]:
         """Average indirect effects in execution order, a list for all groups of `by` in turn.
@@ -110,9 +109,7 @@ class Result:
         by: "attribute", "prompt", "subject" or "all". minimum: leave out pairs whose total effect
         is at or below it (metric's unit); None takes a tenth of the median total effect.
         """
-        return average_effects(
-            self.rows, by=by, minimum=minimum, lower_is_closer=self.lower_is_closer
-        )
+        return average_effects(self.rows, by=by, minimum=minimum)
 
     def causal(
         self,
@@ -135,7 +132,7 @@ class Result:
                 raise UsageError("give a threshold or a validation set, not both.")
             threshold = fit_threshold(self.rows, validation, scale)
         if threshold is None and top is None:
-            top = 5
+            top = DEFAULT_TOP
         effects = self.aie(by, minimum=minimum)
         return causal_set(effects, threshold=threshold, top=top, scale=scale)
 
@@ -164,8 +161,7 @@ class Result:
                 # One metric: scores of different ones can't be compared.
                 run = [r for r in run if r.metric == first.metric]
                 if run:
-                    sign = direction(first.metric, self.lower_is_closer)
-                    row = max(run, key=lambda r, sign=sign: sign * r.effect)  # type: ignore[misc]
+                    row = max(run, key=lambda r: r.effect)
                     best[component] = (row, self.picture(row.picture))
             names = pair_pictures(first) or (None, None)
             found.append(
@@ -202,8 +198,6 @@ class Result:
         if not self.rows:
             raise UsageError("there are no rows to save.")
         fixed: dict[str, Any] = {"saved_from": "python", "metrics": sorted(self.metrics)}
-        if self.lower_is_closer is not None:
-            fixed["lower_is_closer"] = sorted(self.lower_is_closer)
         fixed |= {
             name: sorted({getattr(row, name) for row in self.rows})
             for name in ("fingerprint", "corruption", "sampling", "branch", "engine")

@@ -5,19 +5,20 @@ AIE(site) = mean over prompts of the mean over seeds: of the patched score ("sco
 form), of score minus corrupt ("effect"), of effect / total effect ("normalised").
 
 A pair whose total effect is at or below max(noise floor, `minimum`) never showed the subject: it is
-left out of every mean here and counted. A metric where lower is closer (a distance) is read the
-other way round: effect and total effect here always count towards the clean run.
+left out of every mean here and counted. Rows are turned so that a positive effect leads towards the
+clean run, whatever the metric.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from fasttrace.errors import UsageError
+from fasttrace.report.names import components_in_order, in_order
 from fasttrace.report.uncertainty import (
     Array,
     Unit,
@@ -122,15 +123,7 @@ def prompt_key(row: Row) -> tuple[Any, ...]:
     return (row.prompt, row.subject, row.occurrence, row.negative_prompt, row.attribute)
 
 
-def direction(metric: str, lower_is_closer: Collection[str] | None) -> float:
-    """+1, or -1 for a metric where lower is closer; by its name ("...distance") where not given."""
-    lower = metric.endswith("distance") if lower_is_closer is None else metric in lower_is_closer
-    return -1.0 if lower else 1.0
-
-
-def default_minimum(
-    rows: Iterable[Row], lower_is_closer: Collection[str] | None = None
-) -> dict[str, float]:
+def default_minimum(rows: Iterable[Row]) -> dict[str, float]:
     """Per metric a tenth of the median total effect over pairs (0 where that is negative).
 
     The normalised effect divides by the total effect: a pair just above the noise floor would
@@ -138,15 +131,13 @@ def default_minimum(
     """
     totals: dict[str, dict[Any, float]] = {}
     for row in rows:
-        totals.setdefault(row.metric, {})[(prompt_key(row), row.seed)] = (
-            direction(row.metric, lower_is_closer) * row.total_effect
-        )
+        totals.setdefault(row.metric, {})[(prompt_key(row), row.seed)] = row.total_effect
     return {m: max(0.0, 0.1 * float(np.median(list(t.values())))) for m, t in totals.items()}
 
 
-def counts(row: Row, minimum: float, sign: float = 1.0) -> bool:
+def counts(row: Row, minimum: float) -> bool:
     """Whether the row's pair showed the subject: its total effect is above floor and minimum."""
-    return sign * row.total_effect > max(row.noise_floor, minimum)
+    return row.total_effect > max(row.noise_floor, minimum)
 
 
 def average_effects(
@@ -154,28 +145,29 @@ def average_effects(
     *,
     by: str = "attribute",
     minimum: float | None = None,
-    lower_is_closer: Collection[str] | None = None,
 ) -> list[SiteEffect]:
     """One `SiteEffect` a site (and selector, window, ...) in each group, in execution order.
 
-    `minimum` is in the metric's unit; None takes `default_minimum`. `lower_is_closer` names the
-    metrics that are distances; None goes by their names.
+    `minimum` is in the metric's unit; None takes `default_minimum`.
     """
     group_of = grouping(by)
-    least = default_minimum(rows, lower_is_closer)
+    least = default_minimum(rows)
     if minimum is not None:
         least = dict.fromkeys(least, minimum)
     tables: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         tables.setdefault((group_of(row), row.metric, row.component), []).append(row)
     found: list[SiteEffect] = []
-    for (group, metric, _), table in tables.items():
-        sign = direction(metric, lower_is_closer)
-        found += _table_effects(table, group, least[metric], sign)
+    groups = in_order(group for group, _, _ in tables)
+    parts = components_in_order(component for _, _, component in tables)
+    order = sorted(tables, key=lambda key: (groups.index(key[0]), parts.index(key[2])))
+    for group, metric, component in order:
+        table = tables[group, metric, component]
+        found += _table_effects(table, group, least[metric])
     return found
 
 
-def _table_effects(rows: list[Row], group: str, minimum: float, sign: float) -> list[SiteEffect]:
+def _table_effects(rows: list[Row], group: str, minimum: float) -> list[SiteEffect]:
     cells: dict[tuple[Any, ...], list[Row]] = {}
     prompts: dict[Any, int] = {}
     seeds: dict[tuple[Any, int], int] = {}
@@ -191,12 +183,12 @@ def _table_effects(rows: list[Row], group: str, minimum: float, sign: float) -> 
     for c, (_, members) in enumerate(ordered):
         scores = np.full(shape[1:], np.nan)
         for row in members:
-            if not counts(row, minimum, sign):
+            if not counts(row, minimum):
                 continue
             p = prompts[prompt_key(row)]
             s = seeds[p, row.seed]
             scores[p, s] = row.score
-            effect[c, p, s] = sign * row.effect
+            effect[c, p, s] = row.effect
             if row.normalised_effect is not None:
                 normalised[c, p, s] = row.normalised_effect
         found.append(_describe(members, group, scores, effect[c], normalised[c]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fasttrace.report.causal import CausalLabel
 from fasttrace.report.charts import (
     Chart,
     Ranks,
@@ -27,7 +28,7 @@ from fasttrace.report.names import (
     words,
 )
 from fasttrace.report.result import Result
-from fasttrace.report.statistics import SiteEffect, counts, direction, grouping
+from fasttrace.report.statistics import SiteEffect, counts, grouping
 from fasttrace.report.text import chance, percent
 from fasttrace.store.manifest import Manifest
 from fasttrace.types import Row
@@ -95,6 +96,7 @@ def build_view(
     minimum: float | None = None,
     threshold: float | None = None,
     top: int | None = None,
+    validation: Sequence[CausalLabel] | None = None,
     examples: int = 4,
 ) -> View:
     """`examples`: pictures of so many pairs a group, the first ones in the table's order."""
@@ -102,22 +104,19 @@ def build_view(
     kept = result.where(metric=metric)
     least = kept.minimum[metric] if minimum is None else minimum
     effects = kept.aie(by, minimum=least)
-    chosen = kept.causal(
-        threshold, top if threshold is not None or top is not None else 5, by=by, minimum=least
-    )
+    chosen = kept.causal(threshold, top, validation, by=by, minimum=least)
     ranks = _ranks(chosen)
     names = in_order(e.group for e in effects)
     effects.sort(key=lambda e: names.index(e.group))
-    sign = direction(metric, kept.lower_is_closer)
     pairs = kept.pairs()
     shown: dict[str, list[Example]] = {name: [] for name in names}
     spots: Spots = {}
     group_of = grouping(by)
-    for pair in counted_first(list(pairs.values()), least, sign):
+    for pair in counted_first(list(pairs.values()), least):
         name = group_of(pair[0])
         if len(shown[name]) < examples:
             first = not shown[name]
-            shown[name].append(example_of(kept, pair, sign, least, spots if first else None, name))
+            shown[name].append(example_of(kept, pair, least, spots if first else None, name))
     limits = {c: limit_of([e for e in effects if e.component == c]) for c in kept.components}
     return View(
         model=kept.rows[0].model,
@@ -135,7 +134,6 @@ def build_view(
                 shown[name],
                 [pair[0] for pair in pairs.values() if group_of(pair[0]) == name],
                 least,
-                sign,
             )
             for name in names
         ],
@@ -151,7 +149,7 @@ def build_view(
         token_maps=_token_maps(effects, names, kept.components, limits, ranks, spots),
         floor=kept.noise_floor,
         minimum=least,
-        left_out=[p[0] for p in pairs.values() if not counts(p[0], least, sign)],
+        left_out=[p[0] for p in pairs.values() if not counts(p[0], least)],
         below_floor=[below(effects, c) for c in kept.components],
         unrun=unrun(effects),
         testable=any(e.testable for e in effects),
@@ -212,7 +210,6 @@ def _group(
     examples: list[Example],
     pairs: list[Row],
     minimum: float,
-    sign: float,
 ) -> Group:
     components = components_in_order(e.component for e in effects)
     shapes = [
@@ -220,7 +217,7 @@ def _group(
         for c in components
         if (own := [e for e in effects if e.component == c]) and not _is_text(own, c)
     ]
-    counted = [row for row in pairs if counts(row, minimum, sign)]
+    counted = [row for row in pairs if counts(row, minimum)]
     return Group(
         name=name,
         prompts=len({(r.prompt, r.subject, r.occurrence) for r in counted}),

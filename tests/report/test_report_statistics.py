@@ -86,16 +86,14 @@ def test_the_default_minimum_is_a_tenth_of_the_median_total_effect(make):
     assert default_minimum([make(0.0, total=-5.0)]) == {"clip_score": 0.0}
 
 
-def test_a_distance_is_read_the_other_way_round(make):
-    """Clean 0, corrupt 4, patched 1: three quarters of the way back."""
+def test_a_distance_counts_like_any_other_metric(make):
+    """Clean 0, corrupt 4, patched 1: its row is turned, three quarters of the way back."""
     row = replace(
         make(0.0), metric="latent_distance", score=1.0, clean_score=0.0, corrupt_score=4.0,
-        total_effect=-4.0, effect=-3.0, normalised_effect=0.75,
+        total_effect=4.0, effect=3.0, normalised_effect=0.75,
     )  # fmt: skip
     (found,) = average_effects([row])
     assert (found.effect, found.normalised, found.score) == (3.0, 0.75, 1.0)
-    (higher,) = average_effects([row], lower_is_closer=[])
-    assert higher.prompts == 0
 
 
 def test_groups_metrics_and_windows_stay_apart(make):

@@ -45,7 +45,7 @@ def test_meaning_and_version_travel_in_the_file(fakes, tmp_path: Path):
     schema = pq.read_schema(path)
     assert schema.metadata[b"fasttrace.schema"] == str(SCHEMA_VERSION).encode()
     assert schema.metadata[b"fasttrace.fixed"] == b"{}"
-    assert schema.field("effect").metadata[b"description"] == b"score - corrupt_score"
+    assert schema.field("score").metadata[b"description"] == b"score of the patched run"
     assert schema.names == list(COLUMNS)
 
 

@@ -1,0 +1,101 @@
+"""The application: its commands, and how every outcome becomes an exit code and a sentence.
+
+0 done; 1 failed; 2 wrong call; 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from fasttrace import __version__
+from fasttrace.cli import demo, info, report, sites, trace
+from fasttrace.errors import FasttraceError, UsageError
+
+DONE, FAILED, WRONG_CALL, STOPPED = 0, 1, 2, 130
+
+app = typer.Typer(
+    name="fasttrace",
+    help="Find the parts of a text-to-image model that hold an object, a style, an action.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (trace, report, sites, info, demo):
+    app.command(name=module.NAME)(module.command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fasttrace {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code. `arguments` are the process's own where not given."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = os.environ.get("FASTTRACE_DEBUG", "") not in ("", "0")
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(
+            given,
+            prog_name="fasttrace",
+            standalone_mode=False,
+            obj=shlex.join(["fasttrace", *given]),
+        )
+    except KeyboardInterrupt:
+        return _say("stopped; run the same command to go on", STOPPED)
+    except FasttraceError as error:
+        if debug:
+            raise
+        return _say(str(error), WRONG_CALL if isinstance(error, UsageError) else FAILED)
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(str(error), file=sys.stderr)
+            return WRONG_CALL
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # the parser's own
+            return _say(f"{error.format_message()} (fasttrace --help says more)", error.exit_code)
+        if type(error).__name__ == "Abort":
+            return _say("stopped; run the same command to go on", STOPPED)
+        if debug:
+            raise
+        return _say(_bug(error, given), FAILED)
+    return code if isinstance(code, int) else DONE
+
+
+def _say(sentence: str, code: int) -> int:
+    print(f"fasttrace: {sentence}", file=sys.stderr)
+    return code
+
+
+def _bug(error: Exception, given: list[str]) -> str:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            "out of memory. Every finished row is safe. Use a smaller --height and --width, "
+            "another --dtype, or a machine with more memory."
+        )
+    reason = (str(error).splitlines() or [""])[0][:300]
+    return (
+        f"a bug in fasttrace, {type(error).__name__}: {reason}. Every finished row is safe. To see "
+        f"where it happened: FASTTRACE_DEBUG=1 {shlex.join(['fasttrace', *given])}"
+    )

@@ -1,0 +1,123 @@
+"""What several commands share: option types, and reading values such as 0:4."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fasttrace.errors import UsageError
+
+if TYPE_CHECKING:
+    from fasttrace.store import Shard
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no hints.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output, alone on stdout.")]
+Components = Annotated[
+    list[str] | None,
+    typer.Option("--component", help="unet, text_encoder or all; repeatable.", metavar="NAME"),
+]
+Sites = Annotated[
+    list[str] | None,
+    typer.Option("--sites", help="Names, globs, a kind, or 'paper'; repeatable.", metavar="NAME"),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The results directory.", metavar="DIR")]
+
+COMPONENTS = ("unet", "text_encoder")
+MOST_SEEDS = 100_000
+_RANGE = re.compile(r"(\d+):(\d+)")
+_SHARD = re.compile(r"(\d+)/(\d+)")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "0:4" is 0, 1, 2, 3; "7" is seed 7; "0,3,10:12" joins several. Each seed once."""
+    found: list[int] = []
+    for part in text.split(","):
+        span = _RANGE.fullmatch(part.strip())
+        if span:
+            start, stop = int(span[1]), int(span[2])
+            if not start < stop <= start + MOST_SEEDS:
+                raise _bad_seeds(text, f"{part!r} holds no seeds" if stop <= start else "too many")
+            found += range(start, stop)
+        elif part.strip().isdecimal():
+            found.append(int(part))
+        else:
+            raise _bad_seeds(text, f"{part!r} is neither")
+    if max(found) >= 2**63:
+        raise _bad_seeds(text, "a seed is at most 2^63 - 1")
+    return list(dict.fromkeys(found))
+
+
+def _bad_seeds(text: str, reason: str) -> UsageError:
+    return UsageError(
+        f"--seeds {text!r} can't be read ({reason}): expected a seed (7), a half-open range "
+        "(0:4 is 0, 1, 2, 3), or several with commas (0,3,10:12)."
+    )
+
+
+def parse_shard(text: str | None) -> Shard:
+    """ "1/4" is the second of four; None is the whole."""
+    from fasttrace.store import Shard
+
+    if text is None:
+        return Shard()
+    found = _SHARD.fullmatch(text.strip())
+    if not found:
+        raise UsageError(
+            f"--shard {text!r} can't be read: expected i/n, the i-th of n from 0, such as 0/2 in "
+            "one process and 1/2 in another."
+        )
+    return Shard(int(found[1]), int(found[2]))
+
+
+def parse_windows(texts: Sequence[str]) -> list[tuple[int, int] | tuple[float, float]] | None:
+    """ "0:5" is denoiser calls 0 to 4, "0.0:0.25" the first quarter; None where none is given."""
+    found: list[tuple[int, int] | tuple[float, float]] = []
+    for text in texts:
+        start, colon, stop = text.partition(":")
+        try:
+            if not colon:
+                raise ValueError
+            if "." in text:
+                found.append((float(start), float(stop)))
+            else:
+                found.append((int(start), int(stop)))
+        except ValueError:
+            raise UsageError(
+                f"--window {text!r} can't be read: expected denoiser calls (0:5 is calls 0 to 4) "
+                "or a share of the run (0.0:0.25)."
+            ) from None
+    return found or None
+
+
+def parse_words(texts: Sequence[str]) -> list[str]:
+    """Words of a repeatable option, commas allowed."""
+    return [word.strip() for text in texts for word in text.split(",") if word.strip()]
+
+
+def parse_tokens(texts: Sequence[str]) -> list[str | int]:
+    """Token groups by name, positions as numbers."""
+    return [int(word) if word.isdecimal() else word for word in parse_words(texts)]
+
+
+def parse_components(texts: Sequence[str]) -> list[str]:
+    """ "all" is every component; each once, in the model's order."""
+    words = parse_words(texts)
+    unknown = [word for word in words if word not in (*COMPONENTS, "all")]
+    if unknown:
+        raise UsageError(
+            f"--component {unknown[0]!r} is unknown: expected {', '.join(COMPONENTS)} or all."
+        )
+    return [c for c in COMPONENTS if c in words or "all" in words]
+
+
+def check_text(name: str, text: str) -> str:
+    """Refuse bytes that are no text: they could be written nowhere. Raises `UsageError`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{name} is not valid UTF-8 text: {text!a}.") from None
+    return text

@@ -1,0 +1,90 @@
+"""How far a sweep is, on stderr: a live bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+Advance = Callable[[], None]
+EVERY = 15.0  # seconds between lines where stderr is no terminal
+
+
+@contextmanager
+def progress(total: int, quiet: bool, stream: TextIO | None = None) -> Iterator[Advance]:
+    """Call the yielded function after every row. `total` is what is still to be done."""
+    stream = stream or sys.stderr
+    if quiet or total == 0:
+        yield lambda: None
+    elif stream.isatty():
+        with _bar(total, stream) as advance:
+            yield advance
+    else:
+        yield _lines(total, stream, time.monotonic)
+
+
+@contextmanager
+def _bar(total: int, stream: TextIO) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else rate(speed), style="progress.data.speed")
+
+    columns = (
+        TextColumn("tracing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+    )
+    # The rate is over the last two minutes: rows of a pair come in bursts.
+    with Progress(*columns, console=Console(file=stream), speed_estimate_period=120) as live:
+        task = live.add_task("rows", total=total)
+        yield lambda: live.advance(task)
+
+
+def _lines(total: int, stream: TextIO, clock: Callable[[], float]) -> Advance:
+    start = last = clock()
+    done = 0
+
+    def advance() -> None:
+        nonlocal done, last
+        done += 1
+        now = clock()
+        if now - last < EVERY and done < total:
+            return
+        last = now
+        speed = done / max(now - start, 1e-9)
+        left = "" if done == total else f", {duration((total - done) / speed)} left"
+        stream.write(f"{done}/{total} rows, {rate(speed)}{left}\n")
+        stream.flush()
+
+    return advance
+
+
+def rate(speed: float) -> str:
+    """Rows a second, or seconds a row where that reads better."""
+    return f"{speed:.1f} rows/s" if speed >= 1 else f"{1 / max(speed, 1e-9):.1f} s/row"
+
+
+def duration(seconds: float) -> str:
+    """ "40 s", "12 min", "3 h 05 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

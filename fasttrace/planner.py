@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from fasttrace.adapters.corruption import resolve
+from fasttrace.adapters.corruption import corrupt_prompt, resolve
 from fasttrace.adapters.fingerprint import canonical_json
 from fasttrace.adapters.pipeline import Model, Start, generators_of
 from fasttrace.adapters.scope import scope
@@ -115,6 +115,9 @@ class Planner:
         calls = len(self.model.scheduler(sampling.steps).timesteps)
         found = options.parse_branch(branch, self.model.guided(sampling))
         windows = resolve_windows(window, calls)
+        for probe in captions if asked.replacement else ():
+            corrupt = replace(probe, prompt=corrupt_prompt(probe, asked))
+            options.check_text(self.model, corrupt, with_subject=False)
         with scope(self.model.pipe):
             resolved = resolve(self.model, captions, asked)
         if of_text:
@@ -142,7 +145,7 @@ class Planner:
             metrics=self.metrics.resolve(metric, captions),
             calls=calls,
             lanes_of=lanes_of,
-            extra={"sites": len(chosen), "branch": found, "windows": windows},
+            extra={"sites": len(chosen), "branch": found, "windows": [list(w) for w in windows]},
         )
 
     def plan_swap(
@@ -190,7 +193,7 @@ class Planner:
             metrics=self.metrics.resolve(metric, captions),
             calls=calls,
             lanes_of=lambda _probe: lanes,
-            extra={"sites": len(lanes), "branch": found, "windows": windows},
+            extra={"sites": len(lanes), "branch": found, "windows": [list(w) for w in windows]},
             other_prompt=other_prompt,
         )
 

@@ -58,7 +58,7 @@ def _check_unet(unet: nn.Module, vae: nn.Module) -> None:
     if chunked:
         raise ModelError(
             f"Feed-forward chunking is on in {len(chunked)} blocks (first: {chunked[0]}), so their "
-            "outputs never exist whole; call unet.disable_forward_chunking()."
+            "outputs never exist whole; call set_chunk_feed_forward(None, 0) on those blocks."
         )
 
 

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             obj=shlex.join(["fasttrace", *given]),
         )
     except KeyboardInterrupt:
-        return _say("stopped; run the same command to go on", STOPPED)
+        code = STOPPED
     except FasttraceError as error:
         if debug:
             raise
@@ -75,11 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return WRONG_CALL
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # the parser's own
             return _say(f"{error.format_message()} (fasttrace --help says more)", error.exit_code)
-        if type(error).__name__ == "Abort":
-            return _say("stopped; run the same command to go on", STOPPED)
         if debug:
             raise
         return _say(_bug(error, given), FAILED)
+    if code == STOPPED:  # the parser turns Ctrl-C into this code itself
+        return _say("stopped; run the same command to go on", STOPPED)
     return code if isinstance(code, int) else DONE
 
 

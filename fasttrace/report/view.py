@@ -174,20 +174,27 @@ def _token_maps(
     ranks: Ranks,
     spots: Spots,
 ) -> list[tuple[str, list[Chart], str]]:
-    """A line of charts for each kind of site, a chart a group: groups are compared across."""
+    """A line of charts for each kind of site, a chart a group; one line of kinds for one group."""
     found = []
     for component in components:
         if not _is_text(effects, component):
             continue
         own = [e for e in effects if e.component == component]
-        for kind in dict.fromkeys(e.kind for e in own):
-            charts = [
-                token_map(cells, limits[component], ranks, spots, name)
-                for name in names
-                if (cells := [e for e in own if e.kind == kind and e.group == name])
-            ]
-            title = f"{component_words(component)}: {KIND_WORDS.get(kind, kind)}"
-            found.append((title, charts, percent(limits[component])))
+        kinds = {kind: KIND_WORDS.get(kind, kind) for kind in dict.fromkeys(e.kind for e in own)}
+
+        def chart(kind: str, name: str, title: str, own: list[SiteEffect] = own) -> Chart:
+            cells = [e for e in own if e.kind == kind and e.group == name]
+            return token_map(cells, limits[cells[0].component], ranks, spots, title)
+
+        top = percent(limits[component])
+        if len(names) == 1:
+            charts = [chart(kind, names[0], word) for kind, word in kinds.items()]
+            found.append((component_words(component), charts, top))
+            continue
+        for kind, word in kinds.items():
+            groups = [n for n in names if any(e.kind == kind and e.group == n for e in own)]
+            charts = [chart(kind, name, name) for name in groups]
+            found.append((f"{component_words(component)}: {word}", charts, top))
     return found
 
 

@@ -49,7 +49,7 @@ def correlations(
     for component in components:
         maps = {
             name: {
-                (e.site, e.selector, e.window): e.normalised
+                (e.site, e.selector): e.normalised
                 for e in effects
                 if e.group == name and e.component == component and e.status == "run"
                 and not isnan(e.normalised)

@@ -13,6 +13,7 @@ KIND_WORDS = {
     "attn": "self-attention",
     "mlp": "MLP",
     "hidden": "layer output",
+    "swap": "cross-attention K/V",
 }
 COMPONENT_WORDS = {
     "unet": "UNet",
@@ -76,8 +77,8 @@ def words(site: str, kind: str) -> str:
 
 def in_order(groups: Iterable[str]) -> list[str]:
     """Groups once each: the four attributes first, then others as they came."""
-    found = list(dict.fromkeys(groups))
-    return [a for a in ATTRIBUTES if a in found] + [g for g in found if g not in ATTRIBUTES]
+    order = {attribute: i for i, attribute in enumerate(ATTRIBUTES)}
+    return sorted(dict.fromkeys(groups), key=lambda g: order.get(g.split(",")[0], len(order)))
 
 
 def components_in_order(components: Iterable[str]) -> list[str]:

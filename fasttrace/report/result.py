@@ -15,6 +15,7 @@ from fasttrace.errors import UsageError
 from fasttrace.report.causal import CausalLabel, causal_set, fit_threshold
 from fasttrace.report.names import components_in_order
 from fasttrace.report.statistics import (
+    Grouping,
     Scale,
     SiteEffect,
     average_effects,
@@ -103,11 +104,14 @@ class Result:
         kept = [r for r in self.rows if all(getattr(r, n) == v for n, v in values.items())]
         return Result(kept, self._pictures)
 
-    def aie(self, by: str = "attribute", *, minimum: float | None = None) -> list[SiteEffect]:
+    def aie(
+        self, by: str | Grouping = "attribute", *, minimum: float | None = None
+    ) -> list[SiteEffect]:
         """Average indirect effects in execution order, a list for all groups of `by` in turn.
 
-        by: "attribute", "prompt", "subject" or "all". minimum: leave out pairs whose total effect
-        is at or below it (metric's unit); None takes a tenth of the median total effect.
+        by: "attribute", "prompt", "subject", "all", or a function from a row to a name. minimum:
+        leave out pairs whose total effect is at or below it (metric's unit); None takes a tenth of
+        the median total effect.
         """
         return average_effects(self.rows, by=by, minimum=minimum)
 
@@ -117,7 +121,7 @@ class Result:
         top: int | None = None,
         validation: Sequence[CausalLabel] | None = None,
         *,
-        by: str = "attribute",
+        by: str | Grouping = "attribute",
         scale: Scale = "effect",
         minimum: float | None = None,
     ) -> list[SiteEffect]:

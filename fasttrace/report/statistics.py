@@ -112,7 +112,10 @@ GROUPINGS: dict[str, Grouping] = {
 }
 
 
-def grouping(by: str) -> Grouping:
+def grouping(by: str | Grouping) -> Grouping:
+    """The function a word stands for. Raises `UsageError` for an unknown word."""
+    if callable(by):
+        return by
     if by not in GROUPINGS:
         raise UsageError(f"can't group by {by!r}: expected one of {', '.join(GROUPINGS)}.")
     return GROUPINGS[by]
@@ -143,10 +146,12 @@ def counts(row: Row, minimum: float) -> bool:
 def average_effects(
     rows: Sequence[Row],
     *,
-    by: str = "attribute",
+    by: str | Grouping = "attribute",
     minimum: float | None = None,
 ) -> list[SiteEffect]:
     """One `SiteEffect` a site (and selector, window, ...) in each group, in execution order.
+
+    `by`: one of `GROUPINGS`, or a function from a row to its group's name.
 
     `minimum` is in the metric's unit; None takes `default_minimum`.
     """
@@ -170,12 +175,13 @@ def average_effects(
 def _table_effects(rows: list[Row], group: str, minimum: float) -> list[SiteEffect]:
     cells: dict[tuple[Any, ...], list[Row]] = {}
     prompts: dict[Any, int] = {}
-    seeds: dict[tuple[Any, int], int] = {}
+    seeds: dict[int, dict[int, int]] = {}
     for row in rows:
         cells.setdefault(_cell_key(row), []).append(row)
         number = prompts.setdefault(prompt_key(row), len(prompts))
-        seeds.setdefault((number, row.seed), sum(1 for n, _ in seeds if n == number))
-    width = 1 + max(seeds.values())
+        of_prompt = seeds.setdefault(number, {})
+        of_prompt.setdefault(row.seed, len(of_prompt))
+    width = max(len(of_prompt) for of_prompt in seeds.values())
     shape = (len(cells), len(prompts), width)
     effect, normalised = np.full(shape, np.nan), np.full(shape, np.nan)
     ordered = sorted(cells.items(), key=lambda item: item[0][:2])
@@ -186,7 +192,7 @@ def _table_effects(rows: list[Row], group: str, minimum: float) -> list[SiteEffe
             if not counts(row, minimum):
                 continue
             p = prompts[prompt_key(row)]
-            s = seeds[p, row.seed]
+            s = seeds[p][row.seed]
             scores[p, s] = row.score
             effect[c, p, s] = row.effect
             if row.normalised_effect is not None:

@@ -129,10 +129,12 @@ def _draws(tests: int) -> int:
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's rho, ties at their mean rank; NaN where one side is constant or too short."""
+    if len(first) < 3:
+        return float("nan")
     a, b = _ranks(np.asarray(first, float)), _ranks(np.asarray(second, float))
     a, b = a - a.mean(), b - b.mean()
     scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
-    return float((a * b).sum()) / scale if len(a) > 2 and scale > 0 else float("nan")
+    return float((a * b).sum()) / scale if scale > 0 else float("nan")
 
 
 def _ranks(values: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fasttrace.report.causal import CausalLabel
 from fasttrace.report.charts import (
@@ -28,7 +29,7 @@ from fasttrace.report.names import (
     words,
 )
 from fasttrace.report.result import Result
-from fasttrace.report.statistics import SiteEffect, counts, grouping
+from fasttrace.report.statistics import Grouping, SiteEffect, counts, grouping
 from fasttrace.report.text import chance, percent
 from fasttrace.store.manifest import Manifest
 from fasttrace.types import Row
@@ -103,20 +104,24 @@ def build_view(
     metric = metric or result.metrics[0]
     kept = result.where(metric=metric)
     least = kept.minimum[metric] if minimum is None else minimum
-    effects = kept.aie(by, minimum=least)
-    chosen = kept.causal(threshold, top, validation, by=by, minimum=least)
+    group_of = _with_windows(grouping(by), kept.rows)
+    effects = kept.aie(group_of, minimum=least)
+    chosen = kept.causal(threshold, top, validation, by=group_of, minimum=least)
     ranks = _ranks(chosen)
     names = in_order(e.group for e in effects)
     effects.sort(key=lambda e: names.index(e.group))
     pairs = kept.pairs()
+    parts: dict[tuple[Any, str], list[Row]] = {}
+    for pair, rows in pairs.items():
+        for row in rows:
+            parts.setdefault((pair, group_of(row)), []).append(row)
     shown: dict[str, list[Example]] = {name: [] for name in names}
     spots: Spots = {}
-    group_of = grouping(by)
-    for pair in counted_first(list(pairs.values()), least):
-        name = group_of(pair[0])
+    for part in counted_first(list(parts.values()), least):
+        name = group_of(part[0])
         if len(shown[name]) < examples:
             first = not shown[name]
-            shown[name].append(example_of(kept, pair, least, spots if first else None, name))
+            shown[name].append(example_of(kept, part, least, spots if first else None, name))
     limits = {c: limit_of([e for e in effects if e.component == c]) for c in kept.components}
     return View(
         model=kept.rows[0].model,
@@ -132,7 +137,7 @@ def build_view(
                 ranks,
                 spots,
                 shown[name],
-                [pair[0] for pair in pairs.values() if group_of(pair[0]) == name],
+                [part[0] for (_, group), part in parts.items() if group == name],
                 least,
             )
             for name in names
@@ -156,10 +161,24 @@ def build_view(
         correlations=correlations(effects, names, kept.components),
         calls=list(dict.fromkeys(call.command for call in manifest.calls)),
         settings=settings(kept, manifest),
-        planned=manifest.calls[-1].planned if manifest.calls else 0,
+        planned=max((call.planned for call in manifest.calls), default=0),
         rows=len(result),
         versions=sorted({row.versions for row in kept.rows}),
     )
+
+
+def _with_windows(base: Grouping, rows: Sequence[Row]) -> Grouping:
+    """Groups of their own for each window and branch, where a component was traced in several."""
+    seen: dict[str, set[tuple[str, int, int]]] = {}
+    for row in rows:
+        seen.setdefault(row.component, set()).add((row.branch, row.window_start, row.window_stop))
+
+    def group(row: Row) -> str:
+        if len(seen[row.component]) == 1:
+            return base(row)
+        return f"{base(row)}, {row.branch}, calls {row.window_start} to {row.window_stop - 1}"
+
+    return group
 
 
 def _is_text(effects: Sequence[SiteEffect], component: str) -> bool:

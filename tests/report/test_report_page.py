@@ -117,6 +117,15 @@ def test_several_metrics(rows, manifest):
         render(both, manifest, metric="hat")
 
 
+def test_windows_are_groups_of_their_own(rows, manifest):
+    unet = [r for r in rows if r.component == "unet" and r.attribute == "object"]
+    late = [replace(r, key=r.key + "w", window_start=10) for r in unet]
+    early = [replace(r, window_stop=10) for r in unet]
+    page = render(Result([*early, *late]), manifest)
+    names = re.findall(r"<header><h3>([^<]+)</h3>", page)
+    assert names == ["object, cond, calls 0 to 9", "object, cond, calls 10 to 19"]
+
+
 def test_sites_without_blocks_or_layers_still_draw(rows, manifest):
     odd = [replace(r, site=f"unet.something.{r.site_index}") for r in rows if r.kind == "ff"]
     assert "something.5" in render(Result(odd), manifest)

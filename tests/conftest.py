@@ -1,10 +1,12 @@
-"""Fixtures shared by all tests. Adding a model to `FAMILIES` runs every invariant on it."""
+"""Fixtures shared by all tests. Adding a model to `MODELS` runs every invariant on it."""
 
 import os
 
 # Set before anything imports triton: `triton.jit` reads it when a kernel is defined.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ import pytest
 
 from fasttrace.types import Probe
 
-# What `pipeline` stands for in turn: tiny random models of both layouts.
+ROOT = Path(__file__).parents[1]
+# Tiny random models of both layouts, and what `pipeline` stands for in turn.
 FAMILIES = ("sd", "sdxl")
+BUNDLED = (ROOT / "fasttrace" / "embedded" / "model" / "model_index.json").is_file()
+MODELS = (*FAMILIES, *(("embedded",) if BUNDLED else ()))
 
 
 @pytest.fixture(scope="session")
@@ -28,20 +33,30 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in (*FAMILIES, "clip")}
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
-def pipeline(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Any:
-    """A loaded pipeline. Shared: whoever changes it puts it back (see `fasttrace...scope`)."""
+@pytest.fixture(scope="session")
+def loaded(folders: dict[str, Path]) -> Callable[[str], Any]:
+    """Pipelines by name, each loaded once and shared: whoever changes one puts it back."""
     import fasttrace
 
-    return fasttrace.load(str(folders[request.param]))
+    return cache(lambda name: fasttrace.load(str(folders.get(name, name))))
+
+
+@pytest.fixture(scope="session", params=MODELS)
+def pipeline(request: pytest.FixtureRequest, loaded: Callable[[str], Any]) -> Any:
+    """Every model in turn: for the invariants."""
+    return loaded(request.param)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def tiny(request: pytest.FixtureRequest, loaded: Callable[[str], Any]) -> Any:
+    """Both tiny models in turn: 24 tokens, 16 wide, 16x16 pictures."""
+    return loaded(request.param)
 
 
 @pytest.fixture(scope="session")
-def sd(folders: dict[str, Path]) -> Any:
-    """The single-encoder pipeline alone, for what doesn't depend on the family."""
-    import fasttrace
-
-    return fasttrace.load(str(folders["sd"]))
+def sd(loaded: Callable[[str], Any]) -> Any:
+    """The tiny model with one encoder alone, for what doesn't depend on the family."""
+    return loaded("sd")
 
 
 @pytest.fixture

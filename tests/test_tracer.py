@@ -14,6 +14,7 @@ from fasttrace.adapters.scope import scope
 from fasttrace.engine.base import CORRUPT
 from fasttrace.errors import ModelError, UsageError
 from fasttrace.plan.lanes import RUN
+from fasttrace.testing import tiny_pipeline
 from fasttrace.types import pair_pictures
 
 RECOVERY = {"steps": 2, "metric": "latent_recovery"}
@@ -28,8 +29,8 @@ def tracer(sd):
     return Tracer(sd)
 
 
-def test_rows(pipeline, probe):
-    tracer = Tracer(pipeline)
+def test_rows(tiny, probe):
+    tracer = Tracer(tiny)
     sites = [s.name for s in tracer.sites()[::3]]
     plan = tracer.plan(probe, seeds=2, sites=sites, **RECOVERY)
     rows = [row for row, _ in tracer.iter_rows(plan)]
@@ -41,7 +42,7 @@ def test_rows(pipeline, probe):
         assert row.effect == row.score == row.normalised_effect
         assert 0 <= row.noise_floor < 1e-4
         assert (row.window_start, row.window_stop) == (0, plan.calls)
-        assert row.fingerprint == fingerprint(pipeline)
+        assert row.fingerprint == fingerprint(tiny)
         assert json.loads(row.corruption)["sigma"] == (
             list(s) if isinstance(s := plan.corruption.sigma, tuple) else s
         )
@@ -51,21 +52,21 @@ def test_rows(pipeline, probe):
     assert len({r.picture for r in rows}) == len(rows)
 
 
-def test_the_pipeline_is_left_as_it_was(pipeline, probe):
-    before, rng = fingerprint(pipeline), torch.get_rng_state()
-    hooks = sum(len(m._forward_hooks) for m in pipeline.unet.modules())
-    scheduler = repr(sorted(pipeline.scheduler.__dict__.items(), key=str))
-    pipeline.text_encoder.train()
-    tracer = Tracer(pipeline)
+def test_the_pipeline_is_left_as_it_was(tiny, probe):
+    before, rng = fingerprint(tiny), torch.get_rng_state()
+    hooks = sum(len(m._forward_hooks) for m in tiny.unet.modules())
+    scheduler = repr(sorted(tiny.scheduler.__dict__.items(), key=str))
+    tiny.text_encoder.train()
+    tracer = Tracer(tiny)
     tracer.trace(probe.prompt, probe.subject, sites="attn2", **RECOVERY)
     with pytest.raises(ZeroDivisionError):
         tracer.trace(probe, steps=1, sites="attn2", metric=lambda pictures: 1 / 0)
-    assert pipeline.text_encoder.training
-    pipeline.text_encoder.eval()
-    assert fingerprint(pipeline) == before
+    assert tiny.text_encoder.training
+    tiny.text_encoder.eval()
+    assert fingerprint(tiny) == before
     assert torch.equal(torch.get_rng_state(), rng)
-    assert sum(len(m._forward_hooks) for m in pipeline.unet.modules()) == hooks
-    assert repr(sorted(pipeline.scheduler.__dict__.items(), key=str)) == scheduler
+    assert sum(len(m._forward_hooks) for m in tiny.unet.modules()) == hooks
+    assert repr(sorted(tiny.scheduler.__dict__.items(), key=str)) == scheduler
     assert torch.is_grad_enabled()
 
 
@@ -162,9 +163,9 @@ def test_no_ops_are_listed_with_the_corrupt_score(tracer, probe):
     assert {r.component for r, _ in rows} == {"text_encoder"}
 
 
-def test_listed_no_ops_really_are_the_corrupt_run(pipeline, probe):
+def test_listed_no_ops_really_are_the_corrupt_run(tiny, probe):
     """Run what the plan would not: bit for bit the corrupt latent."""
-    tracer = Tracer(pipeline)
+    tracer = Tracer(tiny)
     for options in ({"branch": "uncond"}, {}):
         plan = tracer.plan(probe, window=(0, 1), sites=["attn1", "resnet"], **options, **RECOVERY)
         idle = [r for r in plan.rows if r.status != RUN]
@@ -172,8 +173,8 @@ def test_listed_no_ops_really_are_the_corrupt_run(pipeline, probe):
         assert all(row.effect == 0 for row, _ in tracer.iter_rows(forced))
 
 
-def test_text_encoder_rows(pipeline, probe):
-    tracer = Tracer(pipeline)
+def test_text_encoder_rows(tiny, probe):
+    tracer = Tracer(tiny)
     plan = tracer.plan(
         probe, component="text_encoder", sites="hidden", tokens=["last subject", "EOS"], **RECOVERY
     )
@@ -193,9 +194,9 @@ def test_windows_and_branches(tracer, probe):
     assert len({r.score for r in rows}) == 8
 
 
-def test_swap(pipeline, probe):
+def test_swap(tiny, probe):
     """All cross-attention layers on the other prompt are its run (but for pooled text, in SDXL)."""
-    tracer = Tracer(pipeline)
+    tracer = Tracer(tiny)
     layers = tracer.sites(sites="attn2")
     whole = tracer.plan_swap(probe, "a red car", neighbours=len(layers), **RECOVERY)
     ((row, _),) = tracer.iter_rows(whole)
@@ -292,3 +293,20 @@ def test_lazy_names():
     assert set(fasttrace.__all__) <= set(dir(fasttrace))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = fasttrace.nothing
+
+
+def test_a_model_with_a_lora(probe):
+    """Adapters are part of the model: same sites, another fingerprint, other scores."""
+    peft = pytest.importorskip("peft")
+    pipe = tiny_pipeline("sd")
+    tracer = Tracer(pipe)
+    plain, before = tracer.sites(), tracer.fingerprint
+    options = {"sites": "attn2", "metric": brightness, "steps": 2}
+    scores = [row.clean_score for row, _ in tracer.iter_rows(tracer.plan(probe, **options))]
+    config = peft.LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
+    pipe.unet.add_adapter(config)
+    assert tracer.sites() == plain
+    assert tracer.fingerprint != before
+    again = [row.clean_score for row, _ in tracer.iter_rows(tracer.plan(probe, **options))]
+    assert len(again) == len(scores)
+    assert again != scores

@@ -13,15 +13,15 @@ from fasttrace.types import Corruption, Probe
 PROBES = [Probe("a photo of a dog", "dog"), Probe("a red car in the house", "red car")]
 
 
-def texts(pipeline, probe, corruption):
-    model = Model(pipeline)
-    with scope(pipeline):
+def texts(tiny, probe, corruption):
+    model = Model(tiny)
+    with scope(tiny):
         clean = model.text(probe.prompt, "", guided=True)
         return clean, corrupt_text(model, probe, resolve(model, [probe], corruption), clean)
 
 
-def test_sigma_is_three_times_the_spread_of_the_subjects_rows(pipeline):
-    model = Model(pipeline)
+def test_sigma_is_three_times_the_spread_of_the_subjects_rows(tiny):
+    model = Model(tiny)
     sigma = resolve(model, PROBES, Corruption()).sigma
     sigmas = sigma if isinstance(sigma, tuple) else (sigma,)
     assert len(sigmas) == len(model.encoders)
@@ -33,19 +33,19 @@ def test_sigma_is_three_times_the_spread_of_the_subjects_rows(pipeline):
         assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_embedding_noise_is_what_it_says(pipeline, probe):
+def test_embedding_noise_is_what_it_says(tiny, probe):
     """On the subject's rows, of the given size, the same every time."""
-    model = Model(pipeline)
+    model = Model(tiny)
     corruption = Corruption(sigma=2.0, seed=5)
     encoder = model.encoders[0]
     seen = []
-    with scope(pipeline):
+    with scope(tiny):
         clean = model.text(probe.prompt, "", guided=True)
         for _ in range(2):
             with watching({"": encoder.core.embeddings}, lambda _, out: seen.append(out)):
                 corrupt_text(model, probe, corruption, clean)
         with watching({"": encoder.core.embeddings}, lambda _, out: seen.append(out)):
-            encode_cond(pipeline, probe.prompt, model.device)
+            encode_cond(tiny, probe.prompt, model.device)
     assert torch.equal(seen[0], seen[1])
     change = (seen[0] - seen[2])[0]
     span = encoder.span(probe.prompt, "dog")
@@ -65,11 +65,11 @@ def test_embedding_noise_is_what_it_says(pipeline, probe):
     ],
     ids=lambda c: c.kind,
 )
-def test_every_kind_changes_the_conditional_text_alone(pipeline, probe, corruption):
-    clean, corrupt = texts(pipeline, probe, corruption)
+def test_every_kind_changes_the_conditional_text_alone(tiny, probe, corruption):
+    clean, corrupt = texts(tiny, probe, corruption)
     assert corrupt.uncond is clean.uncond
     assert corrupt.uncond_pooled is clean.uncond_pooled
-    span = Model(pipeline).encoders[0].span(probe.prompt, "dog")
+    span = Model(tiny).encoders[0].span(probe.prompt, "dog")
     same = (clean.cond == corrupt.cond).all(-1)[0]
     assert same[: span.start].all()  # causal: nothing before the subject moves
     assert not same[span.start]
@@ -79,10 +79,10 @@ def test_every_kind_changes_the_conditional_text_alone(pipeline, probe, corrupti
         assert same[span.stop :].all()
 
 
-def test_replace_is_the_other_prompt(pipeline, probe):
-    _, corrupt = texts(pipeline, probe, Corruption("replace", replacement="cat"))
-    with scope(pipeline):
-        other = Model(pipeline).text("a photo of a cat in the house", "", guided=True)
+def test_replace_is_the_other_prompt(tiny, probe):
+    _, corrupt = texts(tiny, probe, Corruption("replace", replacement="cat"))
+    with scope(tiny):
+        other = Model(tiny).text("a photo of a cat in the house", "", guided=True)
     assert torch.equal(corrupt.cond, other.cond)
 
 
@@ -102,6 +102,6 @@ def test_seed_and_prompt_fix_the_noise(sd, probe):
     assert not torch.equal(rows[1], rows[3])
 
 
-def test_zero_sigma_is_the_clean_run(pipeline, probe):
-    clean, corrupt = texts(pipeline, probe, Corruption(sigma=0.0))
+def test_zero_sigma_is_the_clean_run(tiny, probe):
+    clean, corrupt = texts(tiny, probe, Corruption(sigma=0.0))
     assert torch.equal(clean.cond, corrupt.cond)

@@ -61,21 +61,21 @@ def test_aliases_of_sd15():
     assert named["cross-attn-8-up"] == f"unet.up_blocks.3.{block.format(2)}.attn2"
 
 
-def test_a_saved_folder_lists_what_a_loaded_pipeline_does(pipeline, folders):
-    model = Model(pipeline)
+def test_a_saved_folder_lists_what_a_loaded_pipeline_does(tiny, folders):
+    model = Model(tiny)
     size = model.default("height")
     assert list_sites(str(folders[model.name])) == list(model.sites(size, size).sites)
 
 
-def test_order_and_shapes_are_those_of_a_real_run(pipeline, probe):
-    model = Model(pipeline)
+def test_order_and_shapes_are_those_of_a_real_run(tiny, probe):
+    model = Model(tiny)
     size = model.default("height")
     seen = []
     with (
-        scope(pipeline),
+        scope(tiny),
         watching(model.unet_modules(), lambda n, o: seen.append((n, o.shape[1:]))),
     ):
-        pipeline(probe.prompt, num_inference_steps=1, output_type="latent")
+        tiny(probe.prompt, num_inference_steps=1, output_type="latent")
     sites = model.sites(size, size).sites
     assert seen == [(s.name, torch.Size(s.shape)) for s in sites]
 
@@ -88,8 +88,8 @@ def test_shapes_follow_the_picture(sd):
     assert [s.name for s in small] == [s.name for s in large]
 
 
-def test_text_fed_sites(pipeline):
-    layout = Model(pipeline).sites(16, 16)
+def test_text_fed_sites(tiny):
+    layout = Model(tiny).sites(16, 16)
     assert layout.text_fed == {s.name for s in layout.sites if s.kind == "attn2"}
 
 

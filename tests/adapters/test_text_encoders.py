@@ -29,8 +29,8 @@ def test_both_layouts():
         text_core(nn.Linear(1, 1))
 
 
-def test_sites(pipeline):
-    encoders = Model(pipeline).encoders
+def test_sites(tiny):
+    encoders = Model(tiny).encoders
     assert [e.name for e in encoders] == ["text_encoder", "text_encoder_2"][: len(encoders)]
     for encoder in encoders:
         sites = encoder.sites()
@@ -40,10 +40,10 @@ def test_sites(pipeline):
         assert all(s.shape == (24, 16) for s in sites)
 
 
-def test_embedding_equals_the_pipelines(pipeline, probe):
-    model = Model(pipeline)
-    with scope(pipeline):
-        whole = pipeline.encode_prompt(
+def test_embedding_equals_the_pipelines(tiny, probe):
+    model = Model(tiny)
+    with scope(tiny):
+        whole = tiny.encode_prompt(
             probe.prompt, device=model.device, num_images_per_prompt=1,
             do_classifier_free_guidance=True, negative_prompt="a cat",
         )  # fmt: skip
@@ -51,19 +51,19 @@ def test_embedding_equals_the_pipelines(pipeline, probe):
     found = (text.cond, text.uncond, text.pooled, text.uncond_pooled)
     for ours, theirs in zip(found, whole, strict=False):
         assert torch.equal(ours, theirs)
-    with scope(pipeline):
-        default = pipeline.encode_prompt(
+    with scope(tiny):
+        default = tiny.encode_prompt(
             probe.prompt, device=model.device, num_images_per_prompt=1,
             do_classifier_free_guidance=True,
         )  # fmt: skip
         assert torch.equal(model.text(probe.prompt, "", guided=True).uncond, default[1])
 
 
-def test_reach_is_what_the_encoders_do(pipeline, probe):
+def test_reach_is_what_the_encoders_do(tiny, probe):
     """Disturb one site at one token: the denoiser's text moves exactly where we say it does."""
-    model = Model(pipeline)
-    with scope(pipeline):
-        cond, pooled = encode_cond(pipeline, probe.prompt, model.device)
+    model = Model(tiny)
+    with scope(tiny):
+        cond, pooled = encode_cond(tiny, probe.prompt, model.device)
         for encoder in model.encoders:
             eos = encoder.tokens(probe.prompt).eos
             for site in encoder.sites():
@@ -85,10 +85,10 @@ def self_disturbed(model, site, module, token, probe):
         return encode_cond(model.pipe, probe.prompt, model.device)
 
 
-def test_lanes_not_run_are_the_corrupt_text_bit_for_bit(pipeline, probe):
-    model = Model(pipeline)
+def test_lanes_not_run_are_the_corrupt_text_bit_for_bit(tiny, probe):
+    model = Model(tiny)
     corruption = resolve(model, [probe], Corruption())
-    with scope(pipeline):
+    with scope(tiny):
         clean = model.text(probe.prompt, "", guided=True)
         corrupt = corrupt_text(model, probe, corruption, clean)
         lanes = TextLanes(model, probe, corruption, clean)

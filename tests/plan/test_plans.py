@@ -105,9 +105,9 @@ def test_a_generator_at_its_seed_is_the_seed(tracer):
     assert keys != tracer.plan(DOG, generator=generator, **FEW).keys
 
 
-def test_provable_no_ops(pipeline):
+def test_provable_no_ops(tiny):
     """In the first call nothing differs before text enters, nor in the unconditional rows."""
-    tracer = Tracer(pipeline)
+    tracer = Tracer(tiny)
     options = {"steps": 2, "metric": "latent_recovery", "window": (0, 1)}
     cond = [r.status for r in tracer.plan(DOG, **options).rows]
     uncond = [r.status for r in tracer.plan(DOG, branch="uncond", **options).rows]

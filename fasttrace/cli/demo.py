@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NAME = "demo"
 PROMPTS = 3  # of each attribute, one seed: minutes on two cores
 TOKENS: list[str | int] = ["last subject", "EOS", "padding"]
-STEPS = 10
+STEPS = 8
 TOP = 5
 
 

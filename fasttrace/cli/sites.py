@@ -19,15 +19,19 @@ def command(
     ],
     component: Components = None,
     sites: Sites = None,
+    count: Annotated[bool, typer.Option("--count", help="Print their number alone.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """List a model's sites in execution order; reads configurations, no weights."""
-    components = parse_components(component or ["all"])
+    components = parse_components(component or ["unet"])
     from fasttrace.adapters.catalogue import list_sites
 
     wanted = parse_words(sites or ["paper"])
     found = [site for part in components for site in list_sites(model, part, wanted)]
+    if count:
+        print(json.dumps({"sites": len(found)}) if as_json else len(found))
+        return
     if as_json:
         print(json.dumps([asdict(site) for site in found]))
         return

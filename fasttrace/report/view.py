@@ -76,6 +76,7 @@ class View:
     token_maps: list[tuple[str, list[Chart], str]]  # component and kind, a chart a group
     floor: float
     minimum: float
+    usual_minimum: bool
     left_out: list[Row]
     below_floor: list[tuple[str, int, int]]  # component, below, run
     unrun: list[tuple[str, str, int]]  # component, why, how many sites
@@ -154,6 +155,7 @@ def build_view(
         token_maps=_token_maps(effects, names, kept.components, limits, ranks, spots),
         floor=kept.noise_floor,
         minimum=least,
+        usual_minimum=minimum is None,
         left_out=[p[0] for p in pairs.values() if not counts(p[0], least)],
         below_floor=[below(effects, c) for c in kept.components],
         unrun=unrun(effects),

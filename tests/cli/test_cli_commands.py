@@ -304,6 +304,8 @@ def test_sites(capsys):
     assert "down-0-resnet-0" in lines[0]
     assert main(["sites", "sd14", "--component", "text_encoder", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["kind"] == "attn"
+    assert main(["sites", "sdxl", "--count"]) == 0
+    assert capsys.readouterr().out == "227\n"
     assert main(["sites", "sd14", "--sites", "nonsense"]) == 2
     assert "nonsense" in capsys.readouterr().err
 

@@ -51,7 +51,7 @@ COLUMNS: dict[str, tuple[pa.DataType, bool, str]] = {
     "clean_score": (_REAL, False, "score of the clean run"),
     "corrupt_score": (_REAL, False, "score of the corrupt run"),
     "total_effect": (_REAL, False, "clean_score - corrupt_score; turned where lower is closer"),
-    "effect": (_REAL, False, "score - corrupt_score, turned likewise; in a swap clean_score - score"),
+    "effect": (_REAL, False, "score - corrupt_score, turned likewise; in a swap clean - score"),
     "normalised_effect": (_REAL, True, "effect / total_effect; null where that is 0"),
     "noise_floor": (_REAL, False, "largest score difference between copies of one corrupt run"),
     "engine": (_TEXT, False, "what ran it: reference, or a fast engine's name"),

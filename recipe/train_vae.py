@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL
 
+from fasttrace.embedded.classifier import load_classifier
 from recipe.data import World
 from recipe.training import EMBEDDED, WORK, arguments, load_state, train, use_plain_attention
 
@@ -34,13 +35,23 @@ def main() -> None:
     vae = build()
     views = load_state(WORK / "vae.safetensors", vae)
 
+    # An early network's view of both pictures: outlines and textures weigh more than flat areas.
+    judge = load_classifier(EMBEDDED / "classifiers").trunk
+    early, later = judge[:6], judge[6:12]
+
+    def seen(x: torch.Tensor) -> list[torch.Tensor]:
+        first = early(x)
+        return [first, later(first)]
+
     def loss_of_batch(n: int) -> torch.Tensor:
         x = world.pictures(world.batch_scenes(n)) * 2 - 1
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample.float()
         error = (y - x).abs().mean() + (y - x).square().mean()
         outline = sum((a - b).abs().mean() for a, b in zip(edges(y), edges(x), strict=True))
-        return error + outline + 1e-5 * posterior.kl().float().mean() / 256
+        pairs = zip(seen(y), seen(x), strict=True)
+        perceived = sum((a - b).abs().float().mean() for a, b in pairs)
+        return error + outline + 0.3 * perceived + 1e-5 * posterior.kl().float().mean() / 256
 
     @torch.no_grad()
     def evaluate(m: AutoencoderKL) -> str:

@@ -86,7 +86,7 @@ class Tracer(Planner):
     ) -> Result:
         """Plan and run in one go: `tracer.trace("a photo of a dog", "dog", seeds=4).aie()`.
 
-        `rest` are the arguments of `plan`. Returns one row per (probe, seed, site[, token, window]).
+        `rest` are the arguments of `plan`. One row per (probe, seed, site[, token, window]).
         """
         if isinstance(prompt, str):
             if subject is None:

@@ -114,7 +114,7 @@ class Metric:
     """A score as a frozen record.
 
     `function(pictures [B,3,H,W] in [0,1] or latents [B,C,h,w], context) -> [B]` floats; `context`
-    is a `MetricContext`. `higher_is_closer` tells how to read it: restoring a concept raises the score.
+    is a `MetricContext`. `higher_is_closer`: restoring a concept raises the score.
     """
 
     key: str

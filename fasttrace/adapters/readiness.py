@@ -43,8 +43,8 @@ def _check_unet(unet: nn.Module, vae: nn.Module) -> None:
     latent = getattr(vae.config, "latent_channels", None)
     if config.in_channels != latent:
         raise ModelError(
-            f"The UNet reads {config.in_channels} channels, the latents have {latent}: "
-            "this is an inpainting or image-conditioned model, which has no run from a prompt alone."
+            f"The UNet reads {config.in_channels} channels, latents have {latent}: "
+            "this is an inpainting or image-conditioned model, without runs from a prompt alone."
         )
     extra = getattr(config, "encoder_hid_dim_type", None)
     if extra not in (None, "text_proj"):

@@ -130,8 +130,8 @@ class ReferenceEngine:
                 )
         if not torch.isfinite(latents).all():
             raise ModelError(
-                f"The scheduler {type(scheduler).__name__} gives NaN in the {name} run, though every "
-                "prediction of the UNet is finite."
+                f"The scheduler {type(scheduler).__name__} gives NaN in the {name} run, though "
+                "every prediction of the UNet is finite."
             )
         return latents
 
@@ -205,9 +205,7 @@ class ReferenceEngine:
         with watching(self.model.unet_modules(), see):
             self.model.unet(batch, t, **inputs)
         where = order[0] if order else "the UNet's last layers"
-        return ModelError(
-            f"The {run.name} run gives NaN at {where} in call {run.call}{advice}"
-        )
+        return ModelError(f"The {run.name} run gives NaN at {where} in call {run.call}{advice}")
 
     def _calls(self, pair: Pair) -> int:
         return len(self.model.scheduler(pair.sampling.steps).timesteps)

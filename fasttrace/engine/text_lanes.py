@@ -34,7 +34,7 @@ class TextLanes:
             encode_cond(model.pipe, probe.prompt, model.device)
 
     def text(self, lane: Lane) -> Text:
-        """Encode the corrupt prompt with the lane's patches. `ModelError` if one reached nothing."""
+        """The corrupt prompt with the lane's patches. `ModelError` if one reached nothing."""
         written: Counter[str] = Counter()
 
         def write(site: str, out: Tensor) -> Tensor:

@@ -142,8 +142,8 @@ class Metrics:
         folder = self._beside("classifiers")
         if folder is None:
             raise UsageError(
-                f"The model '{self.model.name}' brings no attribute classifiers (only the bundled one "
-                "does); choose another metric."
+                f"The model '{self.model.name}' brings no attribute classifiers (only the bundled "
+                "one does); choose another metric."
             )
         from fasttrace.embedded.classifier import load_classifier
 

@@ -53,10 +53,7 @@ class Setting:
 def lane_digest(lane: Lane) -> str:
     """Hash of what a lane writes, and where."""
     return digest(
-        [
-            [p.site.name, *astuple(p.selector)[1:], p.source, p.strength]
-            for p in lane.patches
-        ]
+        [[p.site.name, *astuple(p.selector)[1:], p.source, p.strength] for p in lane.patches]
     )
 
 

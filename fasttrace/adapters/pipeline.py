@@ -85,29 +85,39 @@ class Model:
             return "embedded"
         return path.name if path.is_dir() else given
 
-    @cached_property
-    def notes(self) -> dict[str, Any]:
-        """The model folder's `fasttrace.json`, if it has one.
-
-        "defaults": steps, guidance, height, width; "score", "classifiers": folders beside it.
-        """
+    @property
+    def folder(self) -> Path | None:
+        """The local folder it was loaded from."""
         given = getattr(self.pipe, "name_or_path", None)
-        file = Path(given) / "fasttrace.json" if given else None
+        return Path(given) if given and Path(given).is_dir() else None
+
+    @cached_property
+    def defaults(self) -> dict[str, int | float]:
+        """What the model folder's `fasttrace.json` says of steps, guidance, height and width."""
+        file = self.folder / "fasttrace.json" if self.folder else None
         if file is None or not file.is_file():
             return {}
         try:
-            notes: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{file.name} of the model folder is not JSON: {error}.") from error
-        return notes
+            found = json.loads(file.read_text(encoding="utf-8"))["defaults"]
+            return {
+                name: value
+                for name, value in found.items()
+                if name in ("steps", "guidance", "height", "width")
+                and isinstance(value, int | float)
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"{file.name} of the model folder is not of the form "
+                '{"defaults": {"steps": 20, "guidance": 7.5}}.'
+            ) from error
 
     def fingerprint(self) -> str:
         return fingerprint(self.pipe)
 
     def default(self, name: str) -> Any:
         """The model's own default for steps, guidance, height or width."""
-        if name in self.notes.get("defaults", {}):
-            return self.notes["defaults"][name]
+        if name in self.defaults:
+            return self.defaults[name]
         if name in ("height", "width"):
             size = self.unet.config.sample_size
             side = size if isinstance(size, int) else size[0 if name == "height" else 1]

@@ -10,7 +10,7 @@ from typing import Any
 
 from fasttrace.adapters.pipeline import Model, embedded_folder
 from fasttrace.adapters.selection import suggestion
-from fasttrace.errors import ModelError, UsageError
+from fasttrace.errors import UsageError
 from fasttrace.metrics import latent
 from fasttrace.metrics.attribute import AttributeScorer, Classifier
 from fasttrace.metrics.clip import ClipScorer
@@ -151,14 +151,10 @@ class Metrics:
         return classifier.to(self.model.device)
 
     def _beside(self, part: str) -> Path | None:
-        """A folder the model brings along: named in its notes, or the bundled model's own."""
-        if part in self.model.notes:
-            folder = (Path(self.model.pipe.name_or_path) / self.model.notes[part]).resolve()
-            if not folder.is_dir():
-                raise ModelError(
-                    f"fasttrace.json names '{folder.name}' as {part}, but there is none."
-                )
-            return folder
+        """A folder of this name in the model's own, or the bundled model's."""
+        own = self.model.folder
+        if own is not None and (own / part).is_dir():
+            return own / part
         return embedded_folder(part) if self.model.name == "embedded" else None
 
 

@@ -121,6 +121,7 @@ def main() -> None:
     if not views and committed.exists():
         load_state(committed, unet)
         views = seen_so_far("unet")
+    write_pipeline(_copy(unet))  # a whole pipeline from the first minute on
     unet.to(memory_format=torch.channels_last)
     alphas = scheduler().alphas_cumprod
 

@@ -96,3 +96,11 @@ def test_required_columns_are_not_nullable():
     schema = arrow_schema()
     assert not schema.field("score").nullable
     assert schema.field("normalised_effect").nullable
+
+
+def test_the_documentation_lists_every_column():
+    text = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
+    for field in arrow_schema():
+        kind = f"{field.type}{', or null' if field.nullable else ''}"
+        assert f"| `{field.name}` | {kind} | {field.metadata[b'description'].decode()} |" in text
+    assert text.count("\n| `") == len(arrow_schema()) + 5  # and the five files

@@ -1,6 +1,6 @@
 """From rows to numbers: average indirect effects, intervals, tests, causal sets.
 
-Definitions (Basu et al., ICLR 2024, section 3; DESIGN section 1). A *pair* is one (probe, seed).
+Definitions (Basu et al., ICLR 2024, section 3; docs/method.md). A *pair* is one (probe, seed).
 AIE(site) = mean over prompts of the mean over seeds: of the patched score ("score", the paper's
 form), of score minus corrupt ("effect"), of effect / total effect ("normalised").
 
@@ -42,9 +42,9 @@ class SiteEffect:
     """The average indirect effect of one site (and selector, branch, window) in one group.
 
     score, effect: in the metric's unit, effect towards the clean run; normalised: its share of the
-    total effect. NaN where every pair
-    was left out. low, high: the 95 % interval of `effect`; normalised_low, normalised_high: that of
-    `normalised`. p is unadjusted, p_holm adjusted; None where there are too few units.
+    total effect. NaN where every pair was left out. low, high: the 95 % interval of `effect`;
+    normalised_low, normalised_high: that of `normalised`. p is unadjusted, p_holm adjusted; None
+    where there are too few units.
     """
 
     group: str

@@ -1,4 +1,8 @@
-"""Train the autoencoder, 64x64x3 -> 16x16x4: `python -m recipe.train_vae`."""
+"""Train the autoencoder, 64x64x3 -> 16x16x4: `python -m recipe.train_vae`.
+
+Once the denoiser has learned its latents, the encoder and the scaling factor stay as they are and only
+the decoder learns.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,18 @@ from diffusers import AutoencoderKL
 
 from fasttrace.embedded.classifier import load_classifier
 from recipe.data import World
-from recipe.training import EMBEDDED, WORK, arguments, load_state, train, use_plain_attention
+from recipe.training import (
+    EMBEDDED,
+    WORK,
+    arguments,
+    load_state,
+    seen_so_far,
+    train,
+    use_plain_attention,
+)
+
+
+FOLDER = EMBEDDED / "model" / "vae"
 
 
 def build() -> AutoencoderKL:
@@ -32,8 +47,16 @@ def main() -> None:
     args = arguments(minutes=30, batch=16, lr=1e-3)
     use_plain_attention()
     world, unseen = World(args.seed + 100), World(101, held_out=True)
+    decoder_only = seen_so_far("unet") > 0
     vae = build()
     views = load_state(WORK / "vae.safetensors", vae)
+    if not views and (committed := FOLDER / "diffusion_pytorch_model.safetensors").exists():
+        load_state(committed, vae)
+        views = seen_so_far("vae")
+    if decoder_only:
+        scaling = AutoencoderKL.load_config(FOLDER)["scaling_factor"]
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(False)
 
     # An early network's view of both pictures: outlines and textures weigh more than flat areas.
     judge = load_classifier(EMBEDDED / "classifiers").trunk
@@ -46,7 +69,10 @@ def main() -> None:
     def loss_of_batch(n: int) -> torch.Tensor:
         x = world.pictures(world.batch_scenes(n)) * 2 - 1
         posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample()).sample.float()
+        z = posterior.sample()
+        if decoder_only:  # a sampler's latents are near, not on, what the encoder gives
+            z = z + 0.1 * torch.randn_like(z)
+        y = vae.decode(z).sample.float()
         error = (y - x).abs().mean() + (y - x).square().mean()
         outline = sum((a - b).abs().mean() for a, b in zip(edges(y), edges(x), strict=True))
         pairs = zip(seen(y), seen(x), strict=True)
@@ -61,13 +87,13 @@ def main() -> None:
         return f"PSNR {-10 * error.log10():.2f} dB unseen, latent std {latents.std():.3f}"
 
     average = train("vae", vae, loss_of_batch, args, evaluate, 240, views=views)
-    with torch.no_grad():
-        world.rng = type(world.rng)(type(world.rng.bit_generator)(7))
-        latents = average.encode(
-            world.pictures(world.batch_scenes(512)) * 2 - 1
-        ).latent_dist.sample()
-    average.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    average.half().save_pretrained(EMBEDDED / "model" / "vae")
+    if not decoder_only:
+        pictures = World(7).pictures(World(7).batch_scenes(512))
+        with torch.no_grad():
+            latents = average.encode(pictures * 2 - 1).latent_dist.sample()
+        scaling = round(1 / latents.std().item(), 4)
+    average.register_to_config(scaling_factor=scaling)
+    average.half().save_pretrained(FOLDER)
 
 
 if __name__ == "__main__":

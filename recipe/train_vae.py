@@ -1,7 +1,7 @@
 """Train the autoencoder, 64x64x3 -> 16x16x4: `python -m recipe.train_vae`.
 
-Once the denoiser has learned its latents, the encoder and the scaling factor stay as they are and only
-the decoder learns.
+Once the denoiser has learned its latents, the encoder and the scaling factor stay as they are and
+only the decoder learns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from recipe.training import (
     train,
     use_plain_attention,
 )
-
 
 FOLDER = EMBEDDED / "model" / "vae"
 

@@ -203,6 +203,45 @@ class TestLoading:
         assert len(lines) == 2
         assert all("the hub is offline (HF_HUB_OFFLINE is set)" in line for line in lines)
 
+    def test_a_hub_out_of_reach_is_one_sentence_at_once(self):
+        # Nothing listens there, and the libraries would retry for half a minute.
+        environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+        code = "import sys; from fasttrace.cli import main; sys.exit(main(['sites', 'no/model']))"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+        assert "neither a folder here nor reachable on the hub" in done.stderr
+
+    @pytest.mark.parametrize("name", ["", "~no-such-user/model", "./no/model", "../model"])
+    def test_names_that_are_no_hub_ids(self, name):
+        with pytest.raises(ModelError, match="There is no model"):
+            load(name)
+
+    @pytest.mark.parametrize("text", ["[]", "null", "[" * 100_000, '{"unet": 5}'])
+    @pytest.mark.parametrize("use", [load, list_sites])
+    def test_a_strange_table_of_contents(self, use, text, tmp_path):
+        (tmp_path / "model_index.json").write_text(text)
+        with pytest.raises(ModelError):
+            use(str(tmp_path))
+
+    @pytest.mark.parametrize("text", ["[]", "{}", '{"sample_size": "big"}'])
+    @pytest.mark.parametrize(
+        ("part", "component"), [("unet", "unet"), ("text_encoder", "text_encoder")]
+    )
+    def test_strange_configurations(self, folders, tmp_path, part, component, text):
+        shutil.copytree(folders["sd"], tmp_path / "model")
+        (tmp_path / "model" / part / "config.json").write_text(text)
+        with pytest.raises(ModelError, match=r"config|UNet"):
+            list_sites(str(tmp_path / "model"), component)
+
+    def test_no_tokenizer(self, folders, tmp_path):
+        shutil.copytree(folders["sd"], tmp_path / "model")
+        shutil.rmtree(tmp_path / "model" / "tokenizer")
+        with pytest.raises(ModelError, match=r"tokenizer|'model' is damaged"):
+            Tracer(load(str(tmp_path / "model")))
+
     def test_dtypes_and_devices(self, folders):
         with pytest.raises(UsageError, match="Unknown dtype 'float8'"):
             load(str(folders["sd"]), dtype="float8")
@@ -212,6 +251,9 @@ class TestLoading:
             parse_device("cuda:99")
         with pytest.raises(ModelError, match="meta device holds no numbers"):
             parse_device("meta")
+        if not torch.xpu.is_available():
+            with pytest.raises(ModelError, match="'xpu' is not there"):
+                parse_device("xpu")
 
     def test_unknown_component(self):
         with pytest.raises(UsageError, match="Unknown component 'vae'"):

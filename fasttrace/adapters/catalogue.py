@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from fasttrace.adapters.architectures import ARCHITECTURES
-from fasttrace.adapters.load import loading_error, model_index, resolve
+from fasttrace.adapters.load import json_object, loading_error, local_only, model_index, resolve
 from fasttrace.adapters.selection import select_sites
 from fasttrace.adapters.text import text_sites
 from fasttrace.adapters.unet import discover
@@ -49,10 +48,15 @@ def configurations(name: str) -> dict[str, dict[str, Any]]:
         index = model_index(source)
     else:
         index = _hub_json(source, "model_index.json")
-    parts = [p for p in ("unet", "text_encoder", "text_encoder_2") if (index.get(p) or [None])[0]]
+    parts = [p for p in ("unet", "text_encoder", "text_encoder_2") if _listed(index.get(p))]
     if "unet" not in parts or "text_encoder" not in parts:
         raise ModelError(f"'{name}' has no UNet with a text encoder; fasttrace can't trace it.")
     return {p: _read(source, f"{p}/config.json") for p in parts}
+
+
+def _listed(entry: Any) -> bool:
+    """Whether an entry of model_index.json names a component; an absent one is [null, null]."""
+    return isinstance(entry, list) and len(entry) > 0 and entry[0] is not None
 
 
 def unet_sites(config: dict[str, Any], window: int) -> list[Site]:
@@ -60,10 +64,13 @@ def unet_sites(config: dict[str, Any], window: int) -> list[Site]:
     from diffusers import UNet2DConditionModel
 
     build: Any = UNet2DConditionModel.from_config
-    with torch.device("meta"):
-        unet = build(config)
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
+    try:
+        with torch.device("meta"):
+            unet = build(config)
+        size = unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+    except Exception as error:
+        raise ModelError(f"No UNet can be built from its configuration: {error}.") from error
     return list(discover(unet, height, width, window).sites)
 
 
@@ -72,6 +79,9 @@ def encoder_sites(configs: dict[str, dict[str, Any]]) -> list[Site]:
     found: list[Site] = []
     for name, config in configs.items():
         if name.startswith("text_encoder"):
+            lacking = [k for k in ("num_hidden_layers", "hidden_size") if k not in config]
+            if lacking:
+                raise ModelError(f"The configuration of {name} has no {', '.join(lacking)}.")
             found += text_sites(
                 name,
                 config["num_hidden_layers"],
@@ -90,19 +100,14 @@ def _window(config: dict[str, Any]) -> int:
 def _read(source: Path | str, file: str) -> dict[str, Any]:
     if isinstance(source, str):
         return _hub_json(source, file)
-    try:
-        config: dict[str, Any] = json.loads((source / file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} of '{source.name}' can't be read: {error}.") from error
-    return config
+    return json_object(source / file, f"{file} of '{source.name}'")
 
 
 def _hub_json(repository: str, file: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
 
     try:
-        path = hf_hub_download(repository, file)
-        config: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        path = hf_hub_download(repository, file, local_files_only=local_only(repository))
     except Exception as error:
         raise loading_error(repository, repository, error) from error
-    return config
+    return json_object(Path(path), f"{file} of '{repository}'")

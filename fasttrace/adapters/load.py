@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from fasttrace.adapters.pipeline import embedded_folder
 from fasttrace.errors import FasttraceError, ModelError, UsageError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
+_PATIENCE = 5.0  # seconds until a hub that doesn't answer counts as out of reach
 
 
 def load(name: str, *, dtype: str | torch.dtype = "float32", device: str = "cpu") -> Any:
@@ -31,7 +33,7 @@ def load(name: str, *, dtype: str | torch.dtype = "float32", device: str = "cpu"
 
     read: Any = DiffusionPipeline.from_pretrained
 
-    options: dict[str, Any] = {"dtype": kind}
+    options: dict[str, Any] = {"dtype": kind, "local_files_only": local_only(source)}
     if isinstance(source, Path) and "safety_checker" in model_index(source):
         options |= {"safety_checker": None, "requires_safety_checker": False}
     try:
@@ -53,8 +55,10 @@ def resolve(name: str) -> Path | str:
                 "The bundled model is not part of this installation; reinstall fasttrace."
             )
         return folder
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(name)
+    with suppress(RuntimeError):  # no such user: then '~user' is a name like any other
+        path = path.expanduser()
+    if name and path.is_dir():
         return path.resolve()
     if path.is_file():
         raise ModelError(
@@ -66,7 +70,7 @@ def resolve(name: str) -> Path | str:
             f"'{name}' names an architecture, which has sites but no weights; load a folder or a "
             f"hub id such as '{WEIGHTS[name]}'."
         )
-    if _HUB_ID.match(name) and not path.is_absolute():
+    if is_hub_id(name):
         return name
     close = get_close_matches(name, ["embedded", *ARCHITECTURES], n=1)
     meant = f" Did you mean '{close[0]}'?" if close else ""
@@ -76,18 +80,47 @@ def resolve(name: str) -> Path | str:
     )
 
 
+def is_hub_id(name: str) -> bool:
+    return _HUB_ID.match(name) is not None
+
+
+def local_only(source: Path | str) -> bool:
+    """Whether only files that are here can be had: asked once, since the libraries retry for long.
+
+    Every answer of the hub counts as reached, a refusal too: the loaders explain that better.
+    """
+    if isinstance(source, Path):
+        return True
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+    except Exception:
+        return True
+    return False
+
+
 def model_index(folder: Path) -> dict[str, Any]:
-    """A pipeline folder's table of contents; `ModelError` where it is missing or not JSON."""
+    """A pipeline folder's table of contents; `ModelError` where it is missing or malformed."""
     file = folder / "model_index.json"
     if not file.is_file():
         raise ModelError(
             f"The folder '{folder.name}' has no model_index.json: it is not a diffusers pipeline."
         )
+    return json_object(file, f"model_index.json of '{folder.name}'")
+
+
+def json_object(file: Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file of a model. Raises `ModelError` for anything else."""
     try:
-        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"model_index.json of '{folder.name}' is not JSON: {error}.") from error
-    return index
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{what} can't be read: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{what} is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{what} holds a {type(found).__name__}; expected a JSON object.")
+    return found
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -117,6 +150,14 @@ def parse_device(device: str) -> torch.device:
         raise ModelError("Device 'mps' is not there; use cpu.")
     elif place.type == "meta":
         raise ModelError("The meta device holds no numbers; load to cpu or cuda.")
+    elif place.type != "cpu":
+        try:
+            torch.empty(0, device=place)
+        except Exception as error:
+            raise ModelError(
+                f"Device '{device}' is not there: this torch ({torch.__version__}) can't use it. "
+                "Use --device cpu, or install a build of torch for it."
+            ) from error
     return place
 
 

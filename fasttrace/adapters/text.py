@@ -153,7 +153,14 @@ def find_encoders(pipe: Any) -> list[TextEncoder]:
         for e, t in present
     ]
     for encoder in found:
-        text_core(encoder.module)
+        places = text_core(encoder.module).embeddings.position_embedding.num_embeddings
+        window = int(encoder.tokenizer.model_max_length)
+        if window > places:
+            raise ModelError(
+                f"The tokenizer of {encoder.name} gives up to {window} tokens, but the encoder has "
+                f"places for {places}: the tokenizer's files are missing or belong to another "
+                "model."
+            )
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasttrace.adapters.fingerprint import module_digest
-from fasttrace.adapters.load import loading_error
+from fasttrace.adapters.load import is_hub_id, json_object, loading_error, local_only
 from fasttrace.errors import ModelError
 from fasttrace.types import MetricContext
 
@@ -29,15 +28,18 @@ class ClipScorer:
     def __init__(self, source: str | Path, device: torch.device) -> None:
         from transformers import AutoTokenizer, CLIPModel
 
+        place = Path(source) if Path(source).is_dir() else str(source)
+        if isinstance(place, str) and not is_hub_id(place):
+            raise ModelError(
+                f"There is no CLIP model '{place}': expected a folder or a hub id 'owner/model'."
+            )
         try:
+            here: Any = {"local_files_only": local_only(place)}
             read: Any = CLIPModel.from_pretrained
-            self.model: Any = read(str(source), dtype=torch.float32)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(str(source))
+            self.model: Any = read(str(source), dtype=torch.float32, **here)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(str(source), **here)
         except Exception as error:
-            place = Path(source)
-            raise loading_error(
-                str(source), place if place.is_dir() else str(source), error
-            ) from error
+            raise loading_error(str(source), place, error) from error
         self.model.to(device).eval().requires_grad_(False)
         self.mean, self.std = _statistics(Path(source), device)
         self.size: int = self.model.config.vision_config.image_size
@@ -99,7 +101,7 @@ def _features(out: Any) -> Tensor:
 
 def _statistics(folder: Path, device: torch.device) -> tuple[Tensor, Tensor]:
     file = folder / "preprocessor_config.json"
-    given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    given = json_object(file, file.name) if file.is_file() else {}
     mean, std = given.get("image_mean", _MEAN), given.get("image_std", _STD)
     return (
         torch.tensor(mean, device=device).view(1, 3, 1, 1),

@@ -10,7 +10,7 @@ from typing import Any
 
 from fasttrace.adapters.pipeline import Model, embedded_folder
 from fasttrace.adapters.selection import suggestion
-from fasttrace.errors import UsageError
+from fasttrace.errors import ModelError, UsageError
 from fasttrace.metrics import latent
 from fasttrace.metrics.attribute import AttributeScorer, Classifier
 from fasttrace.metrics.clip import ClipScorer
@@ -132,7 +132,12 @@ class Metrics:
 
     def _clip(self, source: str) -> ClipScorer:
         if source not in self._clips:
-            self._clips[source] = ClipScorer(source, self.model.device)
+            try:
+                self._clips[source] = ClipScorer(source, self.model.device)
+            except ModelError as error:
+                raise ModelError(
+                    f"The score's CLIP model: {error} Or choose another metric."
+                ) from (error)
         return self._clips[source]
 
     def _default_clip(self) -> str:
@@ -147,7 +152,13 @@ class Metrics:
             )
         from fasttrace.embedded.classifier import load_classifier
 
-        classifier: Any = load_classifier(folder)
+        try:
+            classifier: Any = load_classifier(folder)
+        except Exception as error:
+            raise ModelError(
+                f"The attribute classifiers of '{self.model.name}' are damaged or incomplete: "
+                f"{error}. Choose another metric."
+            ) from error
         return classifier.to(self.model.device)
 
     def _beside(self, part: str) -> Path | None:

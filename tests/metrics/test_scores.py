@@ -146,8 +146,20 @@ def test_refusals(metrics, asked, words):
 
 def test_a_missing_scoring_model_is_a_sentence(metrics, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="'empty' is damaged or incomplete"):
+    with pytest.raises(ModelError, match=r"'empty' is damaged or incomplete.*another metric"):
         metrics.resolve(f"clip:{tmp_path / 'empty'}", [DOG])
+    with pytest.raises(ModelError, match="There is no CLIP model '/nowhere/clip'"):
+        metrics.resolve("clip:/nowhere/clip", [DOG])
+
+
+def test_damaged_classifiers_are_a_sentence(sd, tmp_path):
+    import fasttrace
+
+    sd.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "classifiers").mkdir()
+    metrics = Metrics(Model(fasttrace.load(str(tmp_path / "model"))))
+    with pytest.raises(ModelError, match="attribute classifiers of 'model' are damaged"):
+        metrics.resolve("attribute", [DOG])
 
 
 def test_records_are_frozen_and_compare_by_what_they_say():

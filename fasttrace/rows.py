@@ -71,7 +71,15 @@ class Scorer:
     def _score(self, metric: Metric, run: str, latents: Tensor, pictures: Tensor) -> list[float]:
         context = MetricContext(self.probe, self.pictures.get(CLEAN), self.clean, self.corrupt)
         given = pictures if metric.needs == "picture" else latents
-        found = torch.as_tensor(metric.function(given, context)).detach().flatten().tolist()
+        # A copy, since a metric may work in place and the picture is still to be kept.
+        answer = metric.function(given.clone(), context)
+        try:
+            found = [float(s) for s in torch.as_tensor(answer).detach().flatten().tolist()]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"The metric '{metric.key}' gave {type(answer).__name__} {str(answer)[:60]!r}; it "
+                "has to give one number a picture."
+            ) from error
         if len(found) != len(given):
             raise ModelError(
                 f"The metric '{metric.key}' gave {len(found)} scores for {len(given)} pictures; it "
@@ -79,7 +87,7 @@ class Scorer:
             )
         if not all(math.isfinite(s) for s in found):
             raise ModelError(f"The metric '{metric.key}' gave {found} for the {run} run.")
-        return [float(s) for s in found]
+        return found
 
 
 @dataclass(frozen=True)

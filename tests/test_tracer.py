@@ -239,6 +239,23 @@ def test_edited_weights_want_a_new_plan(sd, tracer, probe):
             next(tracer.iter_rows(plan))
 
 
+def test_a_metric_may_work_in_place_and_answers_in_numbers(tracer, probe):
+    def spoil(pictures):
+        return pictures.zero_().mean((1, 2, 3))
+
+    options = {"steps": 1, "sites": "cross-attn-0-mid"}
+    spoilt = tracer.trace(probe, metric=[spoil, brightness], **options)
+    whole = tracer.trace(probe, metric=brightness, **options)
+    assert [r.score for r in spoilt.where(metric="callable:brightness").rows] == [
+        r.score for r in whole.rows
+    ]
+    kept = spoilt.picture(pair_pictures(spoilt.rows[0])[0])
+    assert kept == whole.picture(pair_pictures(whole.rows[0])[0])
+    for answer in (None, ["good"], 1j):
+        with pytest.raises(ModelError, match=r"'callable:.*lambda>' gave .*one number a picture"):
+            tracer.trace(probe, metric=lambda pictures, a=answer: a, **options)
+
+
 def test_metrics_that_misbehave(tracer, probe):
     def both(pictures):
         return torch.zeros(2)

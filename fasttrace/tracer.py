@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 ENGINES: dict[str, Callable[[Model], Engine]] = {"reference": ReferenceEngine}
 
+_PROBES_HAVE_THEIR_OWN = (
+    "A probe has its own subject, attribute, occurrence and negative prompt: put them into the "
+    "Probe, or give the prompt as text."
+)
+
 
 class Tracer(Planner):
     """Traces any loaded diffusers pipeline of the Stable Diffusion families; leaves it as it was.
@@ -92,6 +97,8 @@ class Tracer(Planner):
             if subject is None:
                 raise UsageError("Name the subject: the words of the prompt to destroy.")
             prompt = Probe(prompt, subject, attribute, occurrence, negative_prompt)
+        elif subject is not None or attribute or occurrence or negative_prompt:
+            raise UsageError(_PROBES_HAVE_THEIR_OWN)
         return self._result(self.plan(prompt, **rest), on_progress, pictures)
 
     def swap(
@@ -116,6 +123,8 @@ class Tracer(Planner):
         """
         if isinstance(prompt, str):
             prompt = Probe(prompt, subject, attribute, negative_prompt=negative_prompt)
+        elif subject or attribute or negative_prompt:
+            raise UsageError(_PROBES_HAVE_THEIR_OWN)
         plan = self.plan_swap(prompt, other_prompt, neighbours=neighbours, **rest)
         return self._result(plan, on_progress, pictures)
 

@@ -1,7 +1,6 @@
 """Every mistake a user can make gets a sentence that names what to do, never a traceback."""
 
 import copy
-import json
 import os
 import shutil
 import subprocess
@@ -72,6 +71,10 @@ PLANS = [
     ({"corruption": Corruption(sigma=float("nan"))}, "sigma is nan"),
     ({"corruption": Corruption(sigma=-1.0)}, "sigma is -1.0"),
     ({"corruption": Corruption(scale=float("nan"))}, "sigma is nan"),
+    ({"corruption": Corruption(sigma="3")}, "sigma is '3'"),
+    ({"corruption": Corruption(sigma=())}, "0 sigmas were given; expected one number"),
+    ({"corruption": Corruption(sigma=(1.0, 2.0))}, "2 sigmas were given"),
+    ({"probes": Probe("cafe\u0301 noir", "caf\u00e9")}, "copy it from there"),
     ({"corruption": "replace"}, "needs a replacement"),
     ({"corruption": Corruption(replacement="cat")}, "takes no replacement"),
     ({"corruption": Corruption("replace", replacement="cat " * 30)}, "text window holds 22"),
@@ -101,6 +104,14 @@ def test_plans(tracer, options, words):
     with pytest.raises(UsageError, match=words) as caught:
         tracer.plan(**{"probes": DOG, **RECOVERY, **options})
     assert str(caught.value).endswith((".", "?")), caught.value
+
+
+@pytest.mark.parametrize("extra", [{"subject": "cat"}, {"negative_prompt": "ugly"}])
+def test_a_probe_has_its_own_words(tracer, extra):
+    with pytest.raises(UsageError, match="A probe has its own subject"):
+        tracer.trace(DOG, **extra, **RECOVERY)
+    with pytest.raises(UsageError, match="A probe has its own subject"):
+        tracer.swap(DOG, "a cat", **extra, **RECOVERY)
 
 
 def test_trace_without_a_subject(tracer):
@@ -178,9 +189,10 @@ class TestLoading:
         tracer = Tracer(load(str(folder)))
         with pytest.raises(ModelError, match="is not of the form"):
             tracer.plan(DOG, metric="latent_recovery")
-        (folder / "fasttrace.json").write_text(json.dumps({"steps": 3}))
-        with pytest.raises(ModelError, match="is not of the form"):
-            Tracer(load(str(folder))).plan(DOG, metric="latent_recovery")
+        for text in ('{"steps": 3}', '{"defaults": {"steps": "3"}}', "[" * 100_000):
+            (folder / "fasttrace.json").write_text(text)
+            with pytest.raises(ModelError, match="is not of the form"):
+                Tracer(load(str(folder))).plan(DOG, metric="latent_recovery")
 
     def test_an_offline_hub(self):
         code = (
@@ -330,6 +342,12 @@ class TestReadiness:
         broken.text_encoder.embeddings.token_embedding.weight.data.fill_(float("nan"))
         with pytest.raises(UsageError, match="embeddings are not finite"):
             Tracer(broken).plan(DOG, **RECOVERY)
+
+    def test_noise_too_large_for_float32(self, broken):
+        tracer = Tracer(broken)
+        plan = tracer.plan(DOG, sites="attn2", corruption=Corruption(sigma=1e38), **RECOVERY)
+        with pytest.raises(ModelError, match=r"runs in torch\.float32, so .* the noise"):
+            list(tracer.iter_rows(plan))
 
     def test_nan_pictures(self, broken):
         broken.vae.decoder.conv_out.weight.data.fill_(float("nan"))

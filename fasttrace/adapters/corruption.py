@@ -44,9 +44,17 @@ def resolve(model: Model, probes: Sequence[Probe], corruption: Corruption) -> Co
     given = corruption.sigma
     numbers = given if isinstance(given, tuple) else (corruption.scale if given is None else given,)
     for value in numbers:
-        if not math.isfinite(value) or value < 0:
-            raise UsageError(f"The noise's sigma is {value}; it has to be finite and not negative.")
+        if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            raise UsageError(
+                f"The noise's sigma is {value!r}; it has to be finite and not negative."
+            )
     if given is not None:
+        wanted = len(model.encoders) + (corruption.kind == "output_noise" and model.two_texts)
+        if isinstance(given, tuple) and len(given) != wanted:
+            raise UsageError(
+                f"{len(given)} sigmas were given; expected one number for all, or {wanted}: one "
+                "for each text encoder, and with 'output_noise' one for the pooled vector."
+            )
         return corruption
     if corruption.kind == "embedding_noise":
         rows = [

@@ -22,6 +22,8 @@ from fasttrace.adapters.unet import UnetSites, discover, site_modules
 from fasttrace.errors import ModelError, UsageError
 from fasttrace.types import Sampling
 
+_DEFAULTS = ("steps", "guidance", "height", "width")
+
 
 @dataclass(frozen=True)
 class Start:
@@ -99,13 +101,11 @@ class Model:
             return {}
         try:
             found = json.loads(file.read_text(encoding="utf-8"))["defaults"]
-            return {
-                name: value
-                for name, value in found.items()
-                if name in ("steps", "guidance", "height", "width")
-                and isinstance(value, int | float)
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            known = {n: v for n, v in found.items() if n in _DEFAULTS}
+            if not all(isinstance(value, int | float) for value in known.values()):
+                raise TypeError("a default is not a number")
+            return known
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(
                 f"{file.name} of the model folder is not of the form "
                 '{"defaults": {"steps": 20, "guidance": 7.5}}.'

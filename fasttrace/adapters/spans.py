@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,10 @@ def character_span(prompt: str, subject: str, occurrence: int = 0) -> tuple[int,
     if not found:
         inside = re.search(r"\w*" + words + r"\w*", prompt, re.IGNORECASE)
         hint = f"; it is only part of '{inside.group()}'" if inside else ""
+        if not inside and unicodedata.normalize("NFC", subject) in unicodedata.normalize(
+            "NFC", prompt
+        ):
+            hint = "; its accents are other characters than the prompt's, so copy it from there"
         raise UsageError(
             f"The subject '{subject}' is not in the prompt '{_shorten(prompt)}'{hint}."
         )

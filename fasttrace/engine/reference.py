@@ -193,7 +193,13 @@ class ReferenceEngine:
 
     def _explain(self, run: Run, batch: Tensor, t: Any, inputs: dict[str, Any]) -> ModelError:
         """Run the call again and name the first site that isn't finite."""
-        advice = f"; the model runs in {self.model.dtype}, try float32."
+        dtype = self.model.dtype
+        advice = f"; the model runs in {dtype}"
+        advice += (
+            ", so its weights, the noise, the guidance or the given latents are at fault."
+            if dtype == torch.float32
+            else ", try float32."
+        )
         if not torch.isfinite(inputs["encoder_hidden_states"]).all():
             return ModelError(f"The text embedding of the {run.name} run holds NaN{advice}")
         order: list[str] = []

@@ -76,7 +76,8 @@ def parse_sampling(
     most = int(getattr(model.pipe.scheduler.config, "num_train_timesteps", 1000))
     if not _whole(values["steps"]) or not 1 <= values["steps"] <= most:
         raise UsageError(
-            f"{values['steps']!r} steps were asked for; this scheduler takes 1 to {most}."
+            f"{values['steps']!r} steps were asked for; this scheduler takes 1 to {most}, a whole "
+            "number."
         )
     for name in ("height", "width"):
         # The pipelines themselves refuse sizes that 8 doesn't divide.

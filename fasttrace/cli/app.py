@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import shlex
 import sys
@@ -52,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = os.environ.get("FASTTRACE_DEBUG", "") not in ("", "0")
     command = typer.main.get_command(app)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A prompt may hold characters that this terminal or pipe has no encoding for.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = command.main(
             given,
@@ -89,11 +94,17 @@ def _say(sentence: str, code: int) -> int:
 
 
 def _bug(error: Exception, given: list[str]) -> str:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)  # how torch says it of a CPU
+    ):
         return (
             "out of memory. Every finished row is safe. Use a smaller --height and --width, "
             "another --dtype, or a machine with more memory."
         )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full, so the output could not be written. Every finished row is safe."
     reason = (str(error).splitlines() or [""])[0][:300]
     return (
         f"a bug in fasttrace, {type(error).__name__}: {reason}. Every finished row is safe. To see "

@@ -93,19 +93,22 @@ def parse_windows(texts: Sequence[str]) -> list[tuple[int, int] | tuple[float, f
     return found or None
 
 
-def parse_words(texts: Sequence[str]) -> list[str]:
-    """Words of a repeatable option, commas allowed."""
-    return [word.strip() for text in texts for word in text.split(",") if word.strip()]
+def parse_words(texts: Sequence[str], option: str) -> list[str]:
+    """Words of a repeatable option, commas allowed. Raises `UsageError` where it holds none."""
+    words = [word.strip() for text in texts for word in text.split(",") if word.strip()]
+    if texts and not words:
+        raise UsageError(f"{option} is empty: give a name, or leave it out.")
+    return words
 
 
 def parse_tokens(texts: Sequence[str]) -> list[str | int]:
     """Token groups by name, positions as numbers."""
-    return [int(word) if word.isdecimal() else word for word in parse_words(texts)]
+    return [int(word) if word.isdecimal() else word for word in parse_words(texts, "--tokens")]
 
 
 def parse_components(texts: Sequence[str]) -> list[str]:
     """ "all" is every component; each once, in the model's order."""
-    words = parse_words(texts)
+    words = parse_words(texts, "--component")
     unknown = [word for word in words if word not in (*COMPONENTS, "all")]
     if unknown:
         raise UsageError(

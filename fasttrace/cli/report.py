@@ -46,6 +46,11 @@ def command(
 
     if top is not None and top < 1:
         raise UsageError(f"--top {top} leaves nothing: give 1 or more.")
+    if examples < 0:
+        raise UsageError(f"--examples {examples} is below 0.")
+    for name, value in (("--min-effect", minimum), ("--threshold", threshold)):
+        if value is not None and isnan(value):
+            raise UsageError(f"{name} is not a number: give one in the metric's unit.")
     labels = None
     if validation is not None:
         from fasttrace.report.labels import read_labels

@@ -27,7 +27,7 @@ def command(
     components = parse_components(component or ["unet"])
     from fasttrace.adapters.catalogue import list_sites
 
-    wanted = parse_words(sites or ["paper"])
+    wanted = parse_words(sites or ["paper"], "--sites")
     found = [site for part in components for site in list_sites(model, part, wanted)]
     if count:
         print(json.dumps({"sites": len(found)}) if as_json else len(found))

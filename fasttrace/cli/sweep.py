@@ -149,17 +149,24 @@ def _sites_for(tracer: Tracer, component: str, request: Request) -> list[str]:
     """With several components each takes the words that mean something in it."""
     if len(request.components) == 1 or request.sites == ["paper"]:
         return request.sites
-    found, refusal = [], None
     for word in request.sites:
-        try:
-            tracer.sites(component, word)
-        except UsageError as error:
-            refusal = error
-        else:
-            found.append(word)
-    if not found and refusal is not None:
-        raise refusal
+        if not any(_means_sites(tracer, part, word) for part in request.components):
+            tracer.sites(component, word)  # refuses it and names what it may have meant
+    found = [word for word in request.sites if _means_sites(tracer, component, word)]
+    if not found:
+        raise UsageError(
+            f"--sites {','.join(request.sites)} names nothing of {component}: add a site of it, or "
+            "leave it out of --component."
+        )
     return found
+
+
+def _means_sites(tracer: Tracer, component: str, word: str) -> bool:
+    try:
+        tracer.sites(component, word)
+    except UsageError:
+        return False
+    return True
 
 
 def _same_corruption(before: Manifest, corruption: Corruption) -> bool:

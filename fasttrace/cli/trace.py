@@ -103,11 +103,11 @@ def command(
             replacement=replacement,
             seed=noise_seed,
         ),
-        sites=parse_words(sites or ["paper"]),
+        sites=parse_words(sites or ["paper"], "--sites"),
         tokens=parse_tokens(tokens or []),
         windows=parse_windows(window or []),
         branch=branch,
-        metrics=parse_words(metric or []),
+        metrics=parse_words(metric or [], "--metric"),
         sampling={"steps": steps, "guidance": guidance, "height": height, "width": width},
         dtype=dtype,
         device=device,
@@ -136,8 +136,13 @@ def read(
     if (prompt is None) == (probes is None):
         raise UsageError("give either --prompt with --subject, or --probes FILE.")
     if probes is not None:
-        if subject is not None:
-            raise UsageError("--subject belongs to --prompt; a probes file has its own subjects.")
+        for name, given in (
+            ("--subject", subject is not None),
+            ("--attribute", attribute != ""),
+            ("--occurrence", occurrence != 0),
+        ):
+            if given:
+                raise UsageError(f"{name} belongs to --prompt; a probes file has its own.")
         from fasttrace.store.probes import read_probes
 
         entries = read_probes(probes)

@@ -42,6 +42,8 @@ def _many(number: int, word: str) -> str:
 
 def top_table(effects: Sequence[SiteEffect]) -> str:
     """A plain table of causal sites, columns aligned."""
+    if not effects:
+        return "no causal site: none is above the noise floor, the minimum and the threshold"
     header = ("group", "site", "effect", "of total", "95 %", "chance")
     lines = [header, *(_line(e) for e in effects)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]

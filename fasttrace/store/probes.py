@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -53,7 +54,7 @@ def read_probes(path: Path | str) -> list[ProbeEntry]:
     """The probes of a file. Raises `UsageError` naming the entry and the field that is wrong."""
     path = Path(path)
     try:
-        text = path.read_bytes()
+        text = path.read_bytes().removeprefix(BOM_UTF8)  # some editors begin a file with it
     except OSError as error:
         raise UsageError(f"the probes file {path} can't be read ({error.strerror}).") from error
     try:

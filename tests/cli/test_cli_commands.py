@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,10 @@ def test_shards_together_equal_the_whole(trace, tmp_path: Path, capsys):
         ([*DOG, "--probes", "p.json"], "give either --prompt"),
         (["--probes", "missing.json"], "missing.json can't be read"),
         (["--probes", "p.json", "--subject", "dog"], "--subject belongs to --prompt"),
+        (["--probes", "p.json", "--attribute", "style"], "--attribute belongs to --prompt"),
+        (["--probes", "p.json", "--occurrence", "1"], "--occurrence belongs to --prompt"),
+        ([*DOG, "--component", ""], "--component is empty"),
+        ([*DOG, "--metric", ","], "--metric is empty"),
         ([*DOG, "--seeds", "4:0"], "--seeds '4:0' can't be read"),
         ([*DOG, "--shard", "2/2"], "shard 2/2 does not exist"),
         ([*DOG, "--shard", "two"], "--shard 'two' can't be read"),
@@ -210,11 +215,35 @@ def test_a_bug_is_admitted_without_a_traceback(trace, fake_tracer, monkeypatch):
 
 
 def test_out_of_memory_is_no_bug(trace, fake_tracer):
-    stop_at(fake_tracer, 1, MemoryError())
-    code, _, err = trace(*DOG)
-    assert code == 1
-    assert "out of memory" in err
-    assert "bug" not in err
+    for error in (
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 6 bytes."),
+    ):
+        stop_at(fake_tracer, 1, error)
+        code, _, err = trace(*DOG)
+        assert code == 1
+        assert "out of memory" in err
+        assert "bug" not in err
+
+
+def test_output_that_cannot_take_every_character_or_anything(tmp_path: Path, fakes):
+    """A pipe in another encoding gets escapes; a full disk behind it a sentence."""
+    out = tmp_path / "other"
+    call = Call.now("fasttrace trace fake --out other")
+    with Store.open(out, fixed={"dtype": "float32"}, call=call) as store:
+        for row in fakes.fake_sweep(prompts=2, components=("unet",)):
+            store.add(replace(row, attribute="\N{DOG FACE}"))
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    code = "import sys; from fasttrace.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "report", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\U0001f436" in done.stdout
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 1
+        assert done.stderr.startswith("fasttrace: the disk is full")
 
 
 @pytest.fixture
@@ -235,6 +264,11 @@ def test_report_prints_and_writes(results: Path, capsys):
     assert out.count("attn2") >= 4
     assert (results / "report.html").is_file()
     assert (results / "results.parquet").is_file()
+
+
+def test_a_report_without_causal_sites_says_so(results: Path, capsys):
+    assert main(["report", str(results), "--threshold", "1e9"]) == 0
+    assert "no causal site: none is above" in capsys.readouterr().out
 
 
 def test_report_json(results: Path, capsys):
@@ -284,6 +318,9 @@ def spoil(path: Path) -> None:
         (["nowhere"], 1, "nowhere holds no results"),
         ([], 2, "Missing argument"),
         (["RESULTS", "--top", "0"], 2, "--top 0 leaves nothing"),
+        (["RESULTS", "--examples", "-1"], 2, "--examples -1 is below 0"),
+        (["RESULTS", "--min-effect", "nan"], 2, "--min-effect is not a number"),
+        (["RESULTS", "--threshold", "nan"], 2, "--threshold is not a number"),
         (["RESULTS", "--metric", "hat"], 2, "no row was scored with 'hat'"),
         (["RESULTS", "--by", "hat"], 2, "can't group by 'hat'"),
         (["RESULTS", "--validation", "missing.json"], 2, "can't be read"),

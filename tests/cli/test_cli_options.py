@@ -16,6 +16,7 @@ from fasttrace.cli.options import (
     parse_shard,
     parse_tokens,
     parse_windows,
+    parse_words,
 )
 from fasttrace.errors import UsageError
 
@@ -74,6 +75,10 @@ def test_components_and_tokens():
     assert parse_tokens(["last subject,EOS", "7"]) == ["last subject", "EOS", 7]
     with pytest.raises(UsageError, match="'vae' is unknown"):
         parse_components(["vae"])
+    for parse in (parse_components, parse_tokens, lambda texts: parse_words(texts, "--metric")):
+        assert parse([]) == []
+        with pytest.raises(UsageError, match=r"--\w+ is empty"):
+            parse([" , "])
     with pytest.raises(UsageError, match="UTF-8"):
         check_text("--prompt", "caf\udce9")
 

@@ -95,7 +95,10 @@ def test_rows_report_and_refusals(arguments: list[str], tmp_path: Path, capsys):
 
     assert main([*few, "--steps", "3"]) == 1
     assert "was made with steps=2; this call asks for steps=3" in capsys.readouterr().err
-    assert main([*few, "--sites", "unet.nowhere"]) == 0  # 'attn2' still means something
+    assert main([*few, "--sites", "unet.nowhere"]) == 2  # though 'attn2' means something
+    assert "unet.nowhere" in capsys.readouterr().err
+    assert main([*arguments, "--sites", "attn2", "--out", str(out)]) == 2
+    assert "--sites attn2 names nothing of text_encoder" in capsys.readouterr().err
     assert main([*arguments, "--sites", "unet.nowhere", "--out", str(out)]) == 2
     assert "unet.nowhere" in capsys.readouterr().err
     assert main([*few, "--subject", "cat"]) == 2

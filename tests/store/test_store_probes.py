@@ -28,6 +28,12 @@ def test_reads_probes_with_their_seeds(tmp_path: Path):
     assert entries[1].seeds == [3, 4]
 
 
+def test_a_byte_order_mark_is_no_content(tmp_path: Path):
+    file = write(tmp_path / "p.json", {"schema": 1, "probes": [DOG]})
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(read_probes(file)) == 1
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [

@@ -79,6 +79,9 @@ class Chart:
     title: str = ""
 
 
+_CHARACTER = 8.5  # width of one in a group's name: 14 px, semibold
+_LONGEST_NAME = 30
+
 Ranks = dict[tuple[str, str, str, str], int]  # (group, component, site, selector) -> 1, 2, ...
 Spots = dict[tuple[str, str, str, str], tuple[str, int]]
 
@@ -114,11 +117,18 @@ def _cell(
     return Cell(*box, shade(value, limit), hover_lines(e), state, ranks.get(key, 0), name, spot)
 
 
+def _shortened(name: str) -> str:
+    """A group's name as it fits beside its band: with `by="prompt"` it is a whole caption."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1].rstrip()}…"
+
+
 def execution_map(effects: Sequence[SiteEffect], ranks: Ranks, spots: Spots) -> Chart:
     """Sites left to right in execution order, one band a group, blocks named above."""
     groups = list(dict.fromkeys(e.group for e in effects))
     sites = list(dict.fromkeys((e.site, e.kind) for e in sorted(effects, key=_order)))
-    left, top, band, gap = 92.0, 26.0, 40.0, 6.0
+    names = {group: _shortened(group) for group in groups}
+    widest = max(map(len, names.values()), default=0)
+    left, top, band, gap = max(92.0, 12 + _CHARACTER * widest), 26.0, 40.0, 6.0
     width = 1060.0
     step = (width - left) / len(sites)
     column = {site: i for i, (site, _) in enumerate(sites)}
@@ -130,7 +140,7 @@ def execution_map(effects: Sequence[SiteEffect], ranks: Ranks, spots: Spots) -> 
         chart.cells.append(_cell(e, (x, y, step - min(1.0, step / 8), band), limit, ranks, spots))
     for i, group in enumerate(groups):
         middle = top + i * (band + gap) + band / 2
-        chart.labels.append(Label(left - 12, middle, group, "end", "group"))
+        chart.labels.append(Label(left - 12, middle, names[group], "end", "group"))
     _block_labels(chart, [site for site, _ in sites], left, step, top, height)
     for i, (_, kind) in enumerate(sites):
         if step >= 9:

@@ -79,6 +79,12 @@ def test_groups_have_a_fixed_order(page):
     assert names == ["object", "style", "colour", "action"]
 
 
+def test_names_are_written_as_they_were_given(rows, manifest):
+    page = render(Result([replace(r, attribute="van Gogh and SDXL") for r in rows]), manifest)
+    assert page.count(">van Gogh and SDXL</h3>") == 3
+    assert "capitalize" not in page
+
+
 def test_numbers_within_the_noise_floor_are_marked(rows, manifest):
     page = render(Result([replace(r, noise_floor=0.4) for r in rows]), manifest)
     assert "within the noise floor of 0.4" in page
@@ -218,3 +224,26 @@ def test_a_browser_shows_it(chromium: str, page: str, tmp_path: Path):
         strongest, quiet = ramp(theme, 32)[-1], ramp(theme, 32)[0]
         assert near(shot, strongest) > 500, theme
         assert near(shot, quiet) > 5_000, theme
+
+
+@pytest.mark.browser
+def test_nothing_is_cut_off(chromium: str, fakes, manifest, tmp_path: Path):
+    """Whole captions as groups, the widest words in the table: at the width of a small laptop."""
+    rows = [
+        replace(r, prompt=f"{r.prompt}, a very long caption in the style of Van Gogh and others")
+        for r in fakes.fake_sweep(prompts=5, components=("unet",))
+    ]
+    path = tmp_path / "report.html"
+    measure = """<script>addEventListener("load", () => {
+    const cut = [];
+    for (const text of document.querySelectorAll("figure.chart text.group"))
+        if (text.getBoundingClientRect().left < text.closest("svg").getBoundingClientRect().left)
+            cut.push(text.textContent);
+    for (const box of document.querySelectorAll(".scroll"))
+        if (box.scrollWidth > box.clientWidth) cut.push(box.textContent.slice(0, 30));
+    document.body.dataset.cut = JSON.stringify(cut);
+    });</script></body>"""
+    for by in ("prompt", "all"):
+        path.write_text(render(Result(rows), manifest, by=by).replace("</body>", measure))
+        dom = look(chromium, path, tmp_path / by, "--window-size=1280,1000", "--dump-dom")
+        assert 'data-cut="[]"' in dom, re.search(r'data-cut="[^"]*"', dom)

@@ -117,6 +117,13 @@ def make_graph(graph: fx.Graph, reads: tuple[str, ...], gives: tuple[str, ...]) 
     return Graph(fx.GraphModule(nn.Module(), graph), reads, gives)
 
 
+def copy_of(graph: fx.Graph) -> fx.Graph:
+    """A copy to rewrite, with what each node is known to give."""
+    new = fx.Graph()
+    new.output(new.graph_copy(graph, {}))
+    return new
+
+
 def _unflatten(inputs: Inputs, values: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in inputs.items():

@@ -51,7 +51,12 @@ def make_inputs() -> Callable[..., dict[str, Any]]:
 
 
 def inputs_of(
-    unet: nn.Module, rows: int = 4, size: int | None = None, seed: int = 0, device: str = "cpu"
+    unet: nn.Module,
+    rows: int = 4,
+    size: int | None = None,
+    seed: int = 0,
+    tokens: int = TOKENS,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Keyword arguments of a call in which every row differs; timesteps are equal."""
     config: Any = unet.config
@@ -66,7 +71,7 @@ def inputs_of(
     inputs: dict[str, Any] = {
         "sample": random(rows, 4, side, side),
         "timestep": torch.full((rows,), 501, device=device),
-        "encoder_hidden_states": random(rows, TOKENS, config.cross_attention_dim),
+        "encoder_hidden_states": random(rows, tokens, config.cross_attention_dim),
         "return_dict": False,
     }
     if config.addition_embed_type == "text_time":

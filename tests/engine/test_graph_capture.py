@@ -11,6 +11,7 @@ from fasttrace.adapters.architectures import ARCHITECTURES
 from fasttrace.adapters.catalogue import list_sites
 from fasttrace.adapters.unet import discover
 from fasttrace.engine.graph.capture import capture, flatten, tensors_of
+from fasttrace.engine.graph.marks import MARK
 from fasttrace.errors import ModelError
 from fasttrace.testing import ToyDenoiser
 
@@ -69,6 +70,7 @@ def test_marks_are_the_sites_in_order(name, unets, captured, make_inputs):
     sites = discover(unet, side, side, inputs["encoder_hidden_states"].shape[1]).sites
     outputs = [m for m in graph.marks if m.kind == "output"]
     assert [(m.name, m.shape) for m in outputs] == [(s.name, s.shape) for s in sites]
+    assert all(node.users for node in graph.module.graph.nodes if node.target is MARK)
 
 
 def test_nothing_of_a_trace_stays_in_the_model(unets, make_inputs):

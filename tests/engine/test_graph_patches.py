@@ -312,7 +312,8 @@ class TestInPlace:
         assert in_place + copies == len(bench.marks)
         assert copies == 0
 
-    def test_a_tensor_that_is_read_later_is_copied(self):
+    @pytest.mark.parametrize("view", [True, False])
+    def test_a_tensor_that_is_read_later_is_copied(self, view):
         """The skip of this denoiser is read before the stream: a write would reach both."""
 
         class Early(torch.nn.Module):
@@ -322,7 +323,8 @@ class TestInPlace:
 
             def forward(self, sample, timestep):
                 h = sample * 2
-                return (self.up_blocks[0](res_hidden_states_tuple=(h.reshape(2, 3),)) + h,)
+                skip = h.reshape(2, 3) if view else h
+                return (self.up_blocks[0](res_hidden_states_tuple=(skip,)) + h,)
 
         class Up(torch.nn.Module):
             def forward(self, res_hidden_states_tuple):

@@ -20,9 +20,10 @@ from fasttrace.adapters.unet import site_modules
 MarkKind = Literal["output", "heads", "key", "value", "hidden", "skip"]
 
 _library = torch.library.Library("fasttrace", "FRAGMENT")
-# The alias is declared, since the op returns its input itself: marking copies nothing.
+# A view, not the input itself: a trace knows tensors by identity, and what reads the unmarked one
+# later (a skip's stream) must not seem to read the mark.
 _library.define("mark(Tensor(a) tensor, str name, str kind, int heads) -> Tensor(a)")
-_library.impl("mark", lambda tensor, *_: tensor, "CompositeExplicitAutograd")
+_library.impl("mark", lambda tensor, *_: tensor.view_as(tensor), "CompositeExplicitAutograd")
 MARK = torch.ops.fasttrace.mark.default
 
 

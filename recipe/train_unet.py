@@ -147,7 +147,7 @@ def main() -> None:
         figures = quality(captions=96, seed=1)
         return ", ".join(f"{k} {100 * v:.1f} %" for k, v in figures.items())
 
-    train("unet", unet, loss_of_batch, args, evaluate, 900, ema_decay=0.9995, views=views)
+    train("unet", unet, loss_of_batch, args, evaluate, 600, ema_decay=0.9995, views=views)
 
 
 def _copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:

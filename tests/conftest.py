@@ -15,10 +15,9 @@ import pytest
 from fasttrace.types import Probe
 
 ROOT = Path(__file__).parents[1]
-# Tiny random models of both layouts, and what `pipeline` stands for in turn.
+# Tiny random models of both layouts, and with the bundled one what `pipeline` stands for in turn.
 FAMILIES = ("sd", "sdxl")
-BUNDLED = (ROOT / "fasttrace" / "embedded" / "model" / "model_index.json").is_file()
-MODELS = (*FAMILIES, *(("embedded",) if BUNDLED else ()))
+MODELS = (*FAMILIES, "embedded")
 
 
 @pytest.fixture(scope="session")

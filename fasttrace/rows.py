@@ -60,10 +60,10 @@ class Scorer:
         """[3, H, W] on the CPU."""
         return self.pictures[run][0].cpu()
 
-    def forget(self, keep: str) -> None:
-        """Drop the pictures of finished lanes."""
-        for run in [r for r in self.pictures if r not in (CLEAN, CORRUPT, keep)]:
-            del self.pictures[run]
+    def forget(self, run: str) -> None:
+        """Drop the picture of a lane that no row needs any more."""
+        if run not in (CLEAN, CORRUPT):
+            self.pictures.pop(run, None)
 
     def _score_all(self, run: str, latents: Any, pictures: Tensor) -> None:
         self.scores[run] = {m.key: self._score(m, run, latents, pictures)[0] for m in self.metrics}
@@ -160,9 +160,10 @@ def rows_of_pair(
     happens inside `inside()`, which is left before a row is handed out.
     """
     lanes = {lane: i for i, lane in enumerate(lanes_of(planned))}
+    last = {row.lane: i for i, row in enumerate(planned)}
     scorer = writer.scorer
     first = True
-    for row_to_be in planned:
+    for i, row_to_be in enumerate(planned):
         wanted = str(lanes[row_to_be.lane]) if row_to_be.status == "run" else FLOOR
         if not scorer.has(wanted):
             with inside():
@@ -178,7 +179,8 @@ def rows_of_pair(
             if first:
                 pictures |= dict(zip(names, map(scorer.picture, (CLEAN, CORRUPT)), strict=True))
         first = False
-        scorer.forget(keep=run)
+        if last[row_to_be.lane] == i:
+            scorer.forget(run)
         yield row, pictures
 
 

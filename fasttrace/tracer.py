@@ -13,6 +13,7 @@ from fasttrace.adapters.pipeline import Model
 from fasttrace.adapters.scope import scope
 from fasttrace.adapters.text import encode_cond
 from fasttrace.engine.base import CLEAN, CORRUPT, Engine, Pair
+from fasttrace.engine.fast import FastEngine
 from fasttrace.engine.reference import ReferenceEngine
 from fasttrace.engine.text_lanes import TextLanes
 from fasttrace.errors import UsageError
@@ -25,7 +26,10 @@ from fasttrace.types import Probe, Row
 if TYPE_CHECKING:
     from fasttrace.report.result import Result
 
-ENGINES: dict[str, Callable[[Model], Engine]] = {"reference": ReferenceEngine}
+ENGINES: dict[str, Callable[[Model], Engine]] = {
+    "reference": ReferenceEngine,
+    "fast": FastEngine,
+}
 
 _PROBES_HAVE_THEIR_OWN = (
     "A probe has its own subject, attribute, occurrence and negative prompt: put them into the "
@@ -36,7 +40,8 @@ _PROBES_HAVE_THEIR_OWN = (
 class Tracer(Planner):
     """Traces any loaded diffusers pipeline of the Stable Diffusion families; leaves it as it was.
 
-    `engine` is "reference" (diffusers modules and plain hooks). Raises `ModelError` where the
+    `engine` is "reference" (diffusers modules and plain hooks) or "fast" (many lanes in one traced
+    graph, experimental: it becomes the default once its tests are complete). Raises `ModelError` where the
     pipeline can't be traced as it stands.
     """
 
@@ -164,7 +169,7 @@ class Tracer(Planner):
             start=plan.starts[planned[0].seed],
             sampling=plan.sampling,
             lanes=lanes_of(planned),
-            lane_text=TextLanes(model, probe, plan.corruption, clean).text if of_text else None,
+            lane_texts=TextLanes(model, probe, plan.corruption, clean).texts if of_text else None,
         )
 
     def _inside(self) -> AbstractContextManager[None]:

@@ -164,11 +164,13 @@ def find_encoders(pipe: Any) -> list[TextEncoder]:
     return found
 
 
-def encode_cond(pipe: Any, prompt: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The prompt's embedding [1, n, D] and, for SDXL, its pooled vector [1, P].
+def encode_cond(
+    pipe: Any, prompt: str | list[str], device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """The prompt's embedding [1, n, D] and, for SDXL, its pooled vector [1, P]; a row a prompt.
 
-    The pipeline's own `encode_prompt` at batch 1, as in its own call; hooks on the encoders see
-    this prompt alone, never the negative one.
+    The pipeline's own `encode_prompt`, without the negative prompt: hooks on the encoders see these
+    prompts alone.
     """
     out = pipe.encode_prompt(
         prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False

@@ -42,6 +42,7 @@ class Request:
     shard: Shard
     pictures: bool
     quiet: bool
+    engine: str = "reference"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def run(request: Request) -> Outcome:
     quiet_libraries()
     from fasttrace import Tracer, load
 
-    tracer = Tracer(load(request.model, dtype=request.dtype, device=request.device))
+    pipe = load(request.model, dtype=request.dtype, device=request.device)
+    tracer = Tracer(pipe, engine=request.engine)
     plans = make_plans(tracer, request, before)
     planned = sum(plan.total for plan in plans)
     call = Call.now(

@@ -72,6 +72,9 @@ def command(
     ] = None,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    engine: Annotated[
+        str, typer.Option(help="reference, or fast: many lanes a batch (experimental).")
+    ] = "reference",
     shard: Annotated[str | None, typer.Option(help="The i-th of n processes, i/n.")] = None,
     pictures: Annotated[bool, typer.Option(help="Keep pictures beside the rows.")] = True,
     quiet: Quiet = False,
@@ -114,6 +117,7 @@ def command(
         shard=parse_shard(shard),
         pictures=pictures,
         quiet=quiet,
+        engine=engine,
     )
     outcome = run(request)
     if as_json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +24,8 @@ class Pair:
     start: Start
     sampling: Sampling
     lanes: tuple[Lane, ...]
-    lane_text: Callable[[Lane], Text] | None = None  # text-encoder tracing: every lane its own
+    # text-encoder tracing: every lane has a text of its own
+    lane_texts: Callable[[Sequence[Lane]], list[Text]] | None = None
 
 
 class Engine(Protocol):
@@ -36,6 +37,7 @@ class Engine(Protocol):
         """Final latents [B, C, h, w], as they come.
 
         First "clean" and "corrupt" (B = 1), then "floor": copies of the corrupt run made in other
-        batch shapes and rows (any B), then each lane's under its index into `pair.lanes` (B = 1).
+        batch shapes and rows (any B), then each lane's under its index into `pair.lanes` (B = 1),
+        in any order.
         """
         ...

@@ -75,8 +75,8 @@ class ReferenceEngine:
                 yield i, self._lane(pair, pair.lanes[i], recordings)
 
     def _lane(self, pair: Pair, lane: Lane, recordings: dict[str, Recording]) -> Tensor:
-        if pair.lane_text is not None:
-            return self.denoise("patched", pair.lane_text(lane), pair)
+        if pair.lane_texts is not None:
+            return self.denoise("patched", pair.lane_texts([lane])[0], pair)
         return self.denoise(
             "patched", pair.texts[pair.base], pair, patches=lane.patches, recordings=recordings
         )

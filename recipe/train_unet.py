@@ -6,6 +6,11 @@ running it again trains further. v-prediction; one caption in ten left empty for
 Weights: v's own, (snr + 1) / (snr + 1), clipped at snr 5 as in min-SNR weighting (Hang et al. 2023,
 arXiv 2303.09556). The first 200,000 views used min(snr, 5) / (snr + 1), which all but leaves out
 the noisiest calls; there the style is decided, and it came out right in 74 % of pictures only.
+
+Batches are pairs: one subject on one ground in two styles, with the same jitter, noise, step and
+caption but for the style's word, and the difference of the two errors counts `CONTRAST` times more.
+Without it the two nearest styles (glossy and flat, whose embeddings differ by a tenth of their rms)
+stayed confused after 364,000 views: only 15 % of their difference showed in the prediction.
 """
 
 from __future__ import annotations
@@ -32,7 +37,10 @@ from recipe.world import caption, draw_jittered
 
 MODEL = EMBEDDED / "model"
 JITTERS = 8  # cached renders of each combination
+VARIANTS = 12  # captions kept for each
 EMPTY = 0.1
+CONTRAST = 6.0
+NEAREST = ("glossy", "flat")  # more than half of the pairs
 
 
 def build() -> UNet2DConditionModel:
@@ -63,13 +71,33 @@ def scheduler() -> DDIMScheduler:
     )
 
 
+def twins(world: World) -> dict[tuple[str, str], list[int]]:
+    """Places in `world.scenes` by subject and ground: what differs in style alone."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for i, scene in enumerate(world.scenes):
+        found.setdefault((scene.noun, scene.ground), []).append(i)
+    return found
+
+
+def same_for_twins(world: World, seed: int) -> list[np.random.Generator]:
+    """A random stream a scene, equal for scenes that differ in style alone."""
+    streams: list[np.random.Generator] = [world.rng] * len(world.scenes)
+    for n, group in enumerate(twins(world).values()):
+        for i in group:
+            streams[i] = np.random.default_rng((seed, n))
+    return streams
+
+
 @torch.no_grad()
-def cached_latents(vae: AutoencoderKL, world: World) -> torch.Tensor:
+def cached_latents(
+    vae: AutoencoderKL, world: World, streams: list[np.random.Generator]
+) -> torch.Tensor:
     """[scenes x JITTERS, 4, 16, 16] float16 posterior means, scaled."""
     out = []
     for i in range(0, len(world.scenes), 32):
-        scenes = [s for s in world.scenes[i : i + 32] for _ in range(JITTERS)]
-        x = torch.from_numpy(np.stack([draw_jittered(s, world.rng) for s in scenes]))
+        pairs = zip(world.scenes[i : i + 32], streams[i : i + 32], strict=True)
+        x = np.stack([draw_jittered(s, rng) for s, rng in pairs for _ in range(JITTERS)])
+        x = torch.from_numpy(x)
         out.append((vae.encode(x * 2 - 1).latent_dist.mean * vae.config.scaling_factor).half())
     return torch.cat(out)
 
@@ -111,13 +139,16 @@ def main() -> None:
     world = World(args.seed + 300 + seen_so_far("unet"))
     vae = AutoencoderKL.from_pretrained(MODEL / "vae").float().eval()
     encoder = CLIPTextModel.from_pretrained(MODEL / "text_encoder").float().eval()
-    latents = cached_latents(vae, world)
-    variants = 12  # captions kept for each combination
-    texts = [caption(s, world.rng) for s in world.scenes for _ in range(variants)]
+    streams = same_for_twins(world, args.seed + seen_so_far("unet"))
+    latents = cached_latents(vae, world, streams)
+    told = zip(world.scenes, streams, strict=True)
+    texts = [caption(s, rng) for s, rng in told for _ in range(VARIANTS)]
     distinct = sorted({*texts, ""})
     place = {t: i for i, t in enumerate(distinct)}
     table = text_table(distinct, encoder, world)
-    choice = torch.tensor([place[t] for t in texts]).view(len(world.scenes), variants)
+    choice = torch.tensor([place[t] for t in texts]).view(len(world.scenes), VARIANTS)
+    groups = list(twins(world).values())
+    styles = [scene.style for scene in world.scenes]
     print(f"{len(latents)} latents, {len(distinct)} captions", flush=True)
 
     unet = build()
@@ -131,22 +162,35 @@ def main() -> None:
     unet.to(memory_format=torch.channels_last)
     alphas = scheduler().alphas_cumprod
 
+    def draw_pair() -> list[int]:
+        group = groups[world.rng.integers(len(groups))]
+        near = [i for i in group if styles[i] in NEAREST]
+        if len(near) < 2 or world.rng.random() < 0.4:
+            near = group
+        return world.rng.permutation(near)[:2].tolist()
+
     def loss_of_batch(n: int) -> torch.Tensor:
-        scene = torch.randint(len(world.scenes), (n,))
-        x = latents[scene * JITTERS + torch.randint(JITTERS, (n,))].float()
-        text = choice[scene, torch.randint(variants, (n,))]
-        text = torch.where(torch.rand(n) < EMPTY, place[""], text)
-        # stratified: every batch covers the whole schedule
-        t = ((torch.randperm(n) + torch.rand(n)) / n * 1000).long().clamp(0, 999)
+        n //= 2
+        scene = torch.tensor([draw_pair() for _ in range(n)]).T.flatten()  # twins lie n apart
+        x = latents[scene * JITTERS + torch.randint(JITTERS, (n,)).repeat(2)].float()
+        text = choice[scene, torch.randint(VARIANTS, (n,)).repeat(2)]
+        text = torch.where((torch.rand(n) < EMPTY).repeat(2), place[""], text)
+        # stratified, and denser towards the noise, where a picture's style is decided
+        u = (torch.randperm(n) + torch.rand(n)) / n
+        t = (u.pow(0.6) * 1000).long().clamp(0, 999).repeat(2)
         alpha = alphas[t].view(-1, 1, 1, 1)
-        noise = torch.randn_like(x)
+        noise = torch.randn_like(x[:n]).repeat(2, 1, 1, 1)
         noisy = alpha.sqrt() * x + (1 - alpha).sqrt() * noise
         target = alpha.sqrt() * noise - (1 - alpha).sqrt() * x
         noisy = noisy.contiguous(memory_format=torch.channels_last)
         found = unet(noisy, t, table[text].float()).sample.float()
         snr = alpha / (1 - alpha)
         weight = (snr.clamp(max=5) + 1) / (snr + 1)
-        return (weight * (found - target).square()).mean()
+        error = found - target
+        one, other = error.chunk(2)
+        named = (text[:n] != text[n:]).view(-1, 1, 1, 1)  # the captions tell the styles apart
+        contrast = (weight[:n] * named * (one - other).square()).mean() / 2
+        return (weight * error.square()).mean() + CONTRAST * contrast
 
     def evaluate(average: UNet2DConditionModel) -> str:
         write_pipeline(_copy(average))

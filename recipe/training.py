@@ -95,7 +95,7 @@ def train(
     ema_decay: float = 0.999,
     views: int = 0,
 ) -> nn.Module:
-    """Train for `args.minutes`, in bf16 where that is fast; returns the averaged module, saved in WORK.
+    """Train for `args.minutes`, in bf16 where that is fast; returns the average, saved in WORK.
 
     loss_of_batch(batch size) draws a batch and returns the scalar loss.
     """

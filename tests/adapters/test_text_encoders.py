@@ -95,7 +95,7 @@ def test_lanes_not_run_are_the_corrupt_text_bit_for_bit(tiny, probe):
         sites = [s for e in model.encoders for s in e.sites()]
         statuses = set()
         for lane, status in text_lanes(model, probe, sites, "default", corruption):
-            text = lanes.text(lane)
+            text = lanes.texts([lane])[0]
             same = torch.equal(text.cond, corrupt.cond)
             if text.pooled is not None:
                 same = same and torch.equal(text.pooled, corrupt.pooled)
@@ -113,7 +113,7 @@ def test_the_whole_last_layer_restored_is_the_clean_text(sd, probe):
         clean = model.text(probe.prompt, "", guided=False)
         lanes = TextLanes(model, probe, corruption, clean)
         last = model.encoders[0].sites()[-1]
-        assert torch.equal(lanes.text(Lane((Patch(last),))).cond, clean.cond)
+        assert torch.equal(lanes.texts([Lane((Patch(last),))])[0].cond, clean.cond)
 
 
 def test_default_tokens(sd):

@@ -6,55 +6,69 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fasttrace.adapters.fingerprint import canonical_json
 from fasttrace.adapters.pipeline import Model
-from fasttrace.engine.base import CLEAN, CORRUPT, FLOOR
+from fasttrace.engine.base import CLEAN, CORRUPT, FLOOR, Finished
 from fasttrace.errors import ModelError
 from fasttrace.plan.plan import Plan, PlannedRow
 from fasttrace.types import Lane, Metric, MetricContext, Probe, Row, pair_pictures
 
+PORTION = 16  # pictures decoded at a time
 Pictures = dict[str, Tensor]  # name (no suffix) -> float picture [3, H, W] in [0, 1] on the CPU
 
 
 @dataclass
 class Scorer:
-    """Decodes and scores the runs of one (probe, seed)."""
+    """Decodes and scores the runs of one (probe, seed).
+
+    `floor` is shared by all that are run together: the copies that make up the noise floor are of
+    one of them.
+    """
 
     model: Model
     metrics: Sequence[Metric]
     probe: Probe
+    floor: dict[str, float] = field(default_factory=dict)
     clean: Tensor | None = None  # latents [1, C, h, w]
     corrupt: Tensor | None = None
     pictures: dict[str, Tensor] = field(default_factory=dict)  # run -> [1, 3, H, W]
     scores: dict[str, dict[str, float]] = field(default_factory=dict)  # run -> metric -> score
-    floor: dict[str, float] = field(default_factory=dict)
 
-    def add(self, run: str, latents: Tensor) -> None:
-        """Take the final latents of a run: "clean", then "corrupt", then any others."""
-        pictures = self.model.decode(latents)
-        if run == FLOOR:
-            for metric in self.metrics:
-                copies = self._score(metric, run, latents, pictures)
-                spread = max(abs(s - self.scores[CORRUPT][metric.key]) for s in copies)
-                self.floor[metric.key] = max(self.floor.get(metric.key, 0.0), spread)
+    def add(self, runs: Sequence[str], latents: Tensor, pictures: Tensor | None) -> None:
+        """Take final latents and pictures (None where nobody wants them), a row a run.
+
+        The clean and the corrupt run come first; both are scored once both are here, since recovery
+        compares with the corrupt run.
+        """
+        for i, run in enumerate(runs):
+            if run != FLOOR and pictures is not None:
+                self.pictures[run] = pictures[i : i + 1]
+            if run == CLEAN:
+                self.clean = latents[i : i + 1]
+            elif run == CORRUPT:
+                self.corrupt = latents[i : i + 1]
+        if self.clean is None or self.corrupt is None:
             return
-        if run == CLEAN:
-            self.clean = latents
-        elif run == CORRUPT:
-            self.corrupt = latents
-            # Recovery compares with the corrupt run, so the clean run is scored once both are here.
-            self._score_all(CLEAN, self.clean, self.pictures[CLEAN])
-        self.pictures[run] = pictures
-        if run != CLEAN:
-            self._score_all(run, latents, pictures)
-
-    def has(self, run: str) -> bool:
-        return bool(self.floor) if run == FLOOR else run in self.scores
+        if CORRUPT not in self.scores:
+            for run, own in ((CLEAN, self.clean), (CORRUPT, self.corrupt)):
+                found = self._score([run], own, self.pictures.get(run))
+                self.scores[run] = {key: values[0] for key, values in found.items()}
+        rows = [i for i, run in enumerate(runs) if run not in (CLEAN, CORRUPT)]
+        if not rows:
+            return
+        names = [runs[i] for i in rows]
+        found = self._score(names, latents[rows], None if pictures is None else pictures[rows])
+        for i, run in enumerate(names):
+            if run != FLOOR:
+                self.scores[run] = {key: values[i] for key, values in found.items()}
+                continue
+            for key, values in found.items():
+                spread = abs(values[i] - self.scores[CORRUPT][key])
+                self.floor[key] = max(self.floor.get(key, 0.0), spread)
 
     def picture(self, run: str) -> Tensor:
         """[3, H, W] on the CPU."""
@@ -65,12 +79,23 @@ class Scorer:
         if run not in (CLEAN, CORRUPT):
             self.pictures.pop(run, None)
 
-    def _score_all(self, run: str, latents: Any, pictures: Tensor) -> None:
-        self.scores[run] = {m.key: self._score(m, run, latents, pictures)[0] for m in self.metrics}
-
-    def _score(self, metric: Metric, run: str, latents: Tensor, pictures: Tensor) -> list[float]:
+    def _score(
+        self, runs: Sequence[str], latents: Tensor, pictures: Tensor | None
+    ) -> dict[str, list[float]]:
+        """Metric -> a score a run."""
         context = MetricContext(self.probe, self.pictures.get(CLEAN), self.clean, self.corrupt)
+        return {m.key: self._ask(m, runs, latents, pictures, context) for m in self.metrics}
+
+    def _ask(
+        self,
+        metric: Metric,
+        runs: Sequence[str],
+        latents: Tensor,
+        pictures: Tensor | None,
+        context: MetricContext,
+    ) -> list[float]:
         given = pictures if metric.needs == "picture" else latents
+        assert given is not None
         # A copy, since a metric may work in place and the picture is still to be kept.
         answer = metric.function(given.clone(), context)
         try:
@@ -86,17 +111,19 @@ class Scorer:
                 "has to give one each."
             )
         if not all(math.isfinite(s) for s in found):
-            raise ModelError(f"The metric '{metric.key}' gave {found} for the {run} run.")
+            bad = next(run for run, s in zip(runs, found, strict=True) if not math.isfinite(s))
+            raise ModelError(f"The metric '{metric.key}' gave {found} for the {bad} run.")
         return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class RowWriter:
     """Makes rows of one (probe, seed) of a plan."""
 
     plan: Plan
     scorer: Scorer
     keep_pictures: bool
+    gave_pair: bool = False  # whether the clean and the corrupt picture went out
 
     def row(self, planned: PlannedRow, run: str) -> Row:
         """`run` names the scored run of this row, "corrupt" where none was needed."""
@@ -148,40 +175,84 @@ class RowWriter:
         )
 
 
-def rows_of_pair(
-    writer: RowWriter,
-    planned: Sequence[PlannedRow],
-    runs: Iterator[tuple[str | int, Tensor]],
-    inside: Callable[[], AbstractContextManager[None]],
-) -> Iterator[tuple[Row, Pictures]]:
-    """The rows of `planned` (one probe and seed, in order), each as soon as its run has ended.
+@dataclass
+class PairRows:
+    """The rows of one (probe, seed) that are still to come."""
 
-    `runs` yields what an engine does, its lanes numbered by `lanes_of(planned)`. Everything heavy
-    happens inside `inside()`, which is left before a row is handed out.
-    """
-    lanes = {lane: i for i, lane in enumerate(lanes_of(planned))}
-    last = {row.lane: i for i, row in enumerate(planned)}
-    scorer = writer.scorer
-    first = True
-    for i, row_to_be in enumerate(planned):
-        wanted = str(lanes[row_to_be.lane]) if row_to_be.status == "run" else FLOOR
-        if not scorer.has(wanted):
-            with inside():
-                while not scorer.has(wanted):
-                    name, latents = next(runs)
-                    scorer.add(str(name), latents)
-        run = wanted if row_to_be.status == "run" else CORRUPT
-        row = writer.row(row_to_be, run)
+    writer: RowWriter
+    planned: Sequence[PlannedRow]
+    started: bool = False
+
+    def __post_init__(self) -> None:
+        self.lanes = {str(i): lane for i, lane in enumerate(lanes_of(self.planned))}
+
+    def after(self, runs: Sequence[str]) -> Iterator[tuple[Row, Pictures]]:
+        """Rows that can be written now that `runs` have been scored."""
+        wanted = [self.lanes[run] for run in runs if run in self.lanes]
+        scorer = self.writer.scorer
+        if not self.started and CORRUPT in scorer.scores and scorer.floor:
+            self.started = True
+            for row in self.planned:
+                if row.status != "run":
+                    yield self._row(row, CORRUPT)
+        for run in runs:
+            lane = self.lanes.get(run)
+            for row in self.planned if lane in wanted else ():
+                if row.status == "run" and row.lane == lane:
+                    yield self._row(row, run)
+            scorer.forget(run)
+
+    def _row(self, planned: PlannedRow, run: str) -> tuple[Row, Pictures]:
+        row, scorer = self.writer.row(planned, run), self.writer.scorer
         pictures: Pictures = {}
         names = pair_pictures(row)
         if names is not None and row.picture is not None:
             pictures[row.picture] = scorer.picture(run)
-            if first:
+            if not self.writer.gave_pair:
                 pictures |= dict(zip(names, map(scorer.picture, (CLEAN, CORRUPT)), strict=True))
-        first = False
-        if last[row_to_be.lane] == i:
-            scorer.forget(run)
-        yield row, pictures
+                self.writer.gave_pair = True
+        return row, pictures
+
+
+def rows_of_pairs(
+    model: Model,
+    pairs: Sequence[PairRows],
+    runs: Iterator[Finished],
+    inside: Callable[[], AbstractContextManager[None]],
+) -> Iterator[tuple[Row, Pictures]]:
+    """Rows of pairs that an engine runs together, each as soon as its run has ended.
+
+    Everything heavy happens inside `inside()`, which is left before a row is handed out.
+    """
+    seen: set[int] = set()
+    while True:
+        with inside():
+            finished = next(runs, None)
+            if finished is None:
+                break
+            groups: dict[int, list[int]] = {}
+            for i, (number, _) in enumerate(finished.runs):
+                groups.setdefault(number, []).append(i)
+            pictures = _decoded(model, pairs, finished)
+            for number, rows in groups.items():
+                pairs[number].writer.scorer.add(
+                    [str(finished.runs[i][1]) for i in rows],
+                    finished.latents[rows],
+                    None if pictures is None else pictures[rows],
+                )
+        # The first floor frees the rows without a run of every pair.
+        seen |= groups.keys()
+        for number in sorted(seen):
+            own = [str(finished.runs[i][1]) for i in groups.get(number, ())]
+            yield from pairs[number].after(own)
+
+
+def _decoded(model: Model, pairs: Sequence[PairRows], finished: Finished) -> Tensor | None:
+    """[B, 3, H, W], in portions; None where metrics want latents and no picture is kept."""
+    writer = pairs[0].writer
+    if not writer.keep_pictures and all(m.needs == "latent" for m in writer.plan.metrics):
+        return None
+    return torch.cat([model.decode(part) for part in finished.latents.split(PORTION)])
 
 
 def lanes_of(planned: Sequence[PlannedRow]) -> tuple[Lane, ...]:

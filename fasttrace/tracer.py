@@ -20,7 +20,7 @@ from fasttrace.errors import UsageError
 from fasttrace.plan.options import parse_choice
 from fasttrace.plan.plan import Plan, PlannedRow
 from fasttrace.planner import Planner
-from fasttrace.rows import Pictures, RowWriter, Scorer, lanes_of, rows_of_pair
+from fasttrace.rows import PairRows, Pictures, RowWriter, Scorer, lanes_of, rows_of_pairs
 from fasttrace.types import Probe, Row
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ class Tracer(Planner):
     """Traces any loaded diffusers pipeline of the Stable Diffusion families; leaves it as it was.
 
     `engine` is "reference" (diffusers modules and plain hooks) or "fast" (many lanes in one traced
-    graph, experimental: it becomes the default once its tests are complete). Raises `ModelError` where the
-    pipeline can't be traced as it stands.
+    graph, experimental). Raises `ModelError` where the pipeline can't be traced as it stands.
     """
 
     def __init__(self, pipe: Any, *, engine: str = "reference") -> None:
@@ -58,7 +57,10 @@ class Tracer(Planner):
         on_progress: Callable[[int, int], None] | None = None,
         pictures: bool = True,
     ) -> Iterator[tuple[Row, Pictures]]:
-        """Run the plan and yield each row as soon as it is known, in the plan's order.
+        """Run the plan and yield each row as soon as it is known.
+
+        Pairs come in the plan's order, so many together as the engine takes; among those, rows come
+        as their runs end.
 
         `done(key)` true skips a row (a (probe, seed) whose rows are all done is not run at all).
         The dictionary holds the row's own picture under `row.picture`, and with the first row of
@@ -70,17 +72,25 @@ class Tracer(Planner):
         if plan.manifest["fingerprint"] != self.fingerprint:
             raise UsageError("The model's weights changed since the plan was made; plan again.")
         finished = 0
-        for _, group in groupby(plan.rows, key=lambda row: (row.probe, row.seed)):
-            rows = list(group)
+        groups = [
+            list(group) for _, group in groupby(plan.rows, key=lambda row: (row.probe, row.seed))
+        ]
+        waiting: list[list[PlannedRow]] = []
+        for number, rows in enumerate(groups, start=1):
             todo = [row for row in rows if done is None or not done(row.key)]
             finished += len(rows) - len(todo)
-            if not todo and on_progress is not None:
+            if todo:
+                waiting.append(todo)
+            elif on_progress is not None:
                 on_progress(finished, plan.total)
-            for found in self._rows_of_pair(plan, todo, pictures) if todo else ():
+            if len(waiting) < self.engine.at_once and number < len(groups):
+                continue
+            for found in self._rows_of_pairs(plan, waiting, pictures) if waiting else ():
                 finished += 1
                 if on_progress is not None:
                     on_progress(finished, plan.total)
                 yield found
+            waiting = []
 
     def trace(
         self,
@@ -138,20 +148,25 @@ class Tracer(Planner):
     ) -> Result:
         from fasttrace.report.result import Result
 
-        rows, kept = [], {}
+        rows, kept = {}, {}
         for row, found in self.iter_rows(plan, on_progress=on_progress, pictures=pictures):
-            rows.append(row)
+            rows[row.key] = row
             kept.update(found)
-        return Result(rows, kept)
+        return Result([rows[key] for key in plan.keys], kept)
 
-    def _rows_of_pair(
-        self, plan: Plan, planned: list[PlannedRow], pictures: bool
+    def _rows_of_pairs(
+        self, plan: Plan, planned: list[list[PlannedRow]], pictures: bool
     ) -> Iterator[tuple[Row, Pictures]]:
-        probe = plan.probes[planned[0].probe]
+        """planned: the rows of each (probe, seed) that are run together."""
+        floor: dict[str, float] = {}
+        rows, pairs = [], []
         with self._inside():
-            pair = self._pair(plan, probe, planned)
-        writer = RowWriter(plan, Scorer(self.model, plan.metrics, probe), pictures)
-        return rows_of_pair(writer, planned, self.engine.run(pair), self._inside)
+            for own in planned:
+                probe = plan.probes[own[0].probe]
+                pairs.append(self._pair(plan, probe, own))
+                scorer = Scorer(self.model, plan.metrics, probe, floor)
+                rows.append(PairRows(RowWriter(plan, scorer, pictures), own))
+        return rows_of_pairs(self.model, rows, self.engine.run(pairs), self._inside)
 
     def _pair(self, plan: Plan, probe: Probe, planned: list[PlannedRow]) -> Pair:
         """Encode the texts of one (probe, seed)."""

@@ -28,16 +28,28 @@ class Pair:
     lane_texts: Callable[[Sequence[Lane]], list[Text]] | None = None
 
 
+@dataclass(frozen=True)
+class Finished:
+    """Runs that have ended. latents [B, C, h, w], a row a run.
+
+    A run is a pair's number and "clean", "corrupt", "floor" or a lane's number. "floor" runs are
+    copies of that pair's corrupt run, made in another batch shape or row.
+    """
+
+    runs: tuple[tuple[int, str | int], ...]
+    latents: Tensor
+
+
 class Engine(Protocol):
-    """Runs a pair. Holds no hook and no changed state of the model while it is suspended."""
+    """Runs pairs. Holds no hook and no changed state of the model while it is suspended."""
 
     name: str
+    at_once: int  # pairs that it likes to be given together
 
-    def run(self, pair: Pair) -> Iterator[tuple[str | int, Tensor]]:
-        """Final latents [B, C, h, w], as they come.
+    def run(self, pairs: Sequence[Pair]) -> Iterator[Finished]:
+        """Every run of the pairs, as they come.
 
-        First "clean" and "corrupt" (B = 1), then "floor": copies of the corrupt run made in other
-        batch shapes and rows (any B), then each lane's under its index into `pair.lanes` (B = 1),
-        in any order.
+        A pair's clean and corrupt runs come before its lanes; the copies that make up the noise
+        floor of a batch shape come before, or with, the first lanes that were run in it.
         """
         ...

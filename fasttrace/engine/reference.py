@@ -17,7 +17,7 @@ from torch import Tensor
 from fasttrace.adapters.hooks import rereading, rewriting, watching, write_rows
 from fasttrace.adapters.pipeline import Model
 from fasttrace.adapters.text import Text
-from fasttrace.engine.base import CLEAN, CORRUPT, FLOOR, Pair
+from fasttrace.engine.base import CLEAN, CORRUPT, FLOOR, Finished, Pair
 from fasttrace.errors import ModelError
 from fasttrace.types import Lane, Patch
 
@@ -49,12 +49,18 @@ class ReferenceEngine:
     """
 
     name = "reference"
+    at_once = 1
 
     def __init__(self, model: Model, budget: int = 2 << 30) -> None:
         self.model = model
         self.budget = budget
 
-    def run(self, pair: Pair) -> Iterator[tuple[str | int, Tensor]]:
+    def run(self, pairs: Sequence[Pair]) -> Iterator[Finished]:
+        for number, pair in enumerate(pairs):
+            for run, latents in self._run(pair):
+                yield Finished(((number, run),) * len(latents), latents)
+
+    def _run(self, pair: Pair) -> Iterator[tuple[str | int, Tensor]]:
         texts = pair.texts
         portions = self._portions(pair)
         for n, portion in enumerate(portions):

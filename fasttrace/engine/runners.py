@@ -2,69 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx
 
 from fasttrace.errors import UsageError
 
 RUNNERS = ("eager", "cudagraph", "compile")
+Runner = Callable[[], None]  # makes one call
 
 
-class Runner(Protocol):
-    """`denoise()` gives the prediction of the call's inputs, calling it makes the whole call."""
-
-    def denoise(self) -> Tensor: ...
-
-    def __call__(self) -> None: ...
-
-
-class Eager:
-    """The graph's generated code."""
-
-    def __init__(
-        self, module: fx.GraphModule, arguments: Sequence[Tensor], call: Callable[[], None]
-    ) -> None:
-        self.module, self.arguments, self.call = module, arguments, call
-
-    def denoise(self) -> Tensor:
-        prediction: Tensor = self.module(*self.arguments)[0]
-        return prediction
-
-    def __call__(self) -> None:
-        self.call()
-
-
-class Compiled(Eager):
-    """`torch.compile` of the graph. It computes in another order: within the noise floor."""
-
-    def __init__(
-        self, module: fx.GraphModule, arguments: Sequence[Tensor], call: Callable[[], None]
-    ) -> None:
-        super().__init__(module, arguments, call)
-        self.compiled = torch.compile(module, dynamic=False)
-
-    def denoise(self) -> Tensor:
-        prediction: Tensor = self.compiled(*self.arguments)[0]
-        return prediction
-
-
-class CudaGraph(Eager):
+class CudaGraph:
     """The whole call captured once and replayed: tables, denoiser, guidance, next latent.
 
     Never run on a GPU by us; see docs/engine.md for what is checked instead. All graphs of a
     process share one memory pool, since they never run at the same time.
     """
 
-    pool: tuple[int, int] | None = None
+    pool: torch.cuda._POOL_HANDLE | None = None
     WARM_UP = 3
 
-    def __init__(
-        self, module: fx.GraphModule, arguments: Sequence[Tensor], call: Callable[[], None]
-    ) -> None:
-        super().__init__(module, arguments, call)
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call = call
         self.graph: torch.cuda.CUDAGraph | None = None
         self.calls = 0
 
@@ -80,28 +39,28 @@ class CudaGraph(Eager):
             self.calls += 1
             return
         if self.graph is None:
-            # Capture records and computes nothing, so this call's work is the replay below.
-            if CudaGraph.pool is None:
-                CudaGraph.pool = torch.cuda.graph_pool_handle()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=CudaGraph.pool):
-                self.call()
-        self.graph.replay()
+            self.capture()
+        self.graph.replay()  # type: ignore[union-attr]
+
+    def capture(self) -> None:
+        """Records the call and computes nothing: the call's work is the replay after it."""
+        if CudaGraph.pool is None:
+            CudaGraph.pool = torch.cuda.graph_pool_handle()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=CudaGraph.pool):
+            self.call()
 
 
-def make_runner(
-    name: str,
-    module: fx.GraphModule,
-    arguments: Sequence[Tensor],
-    call: Callable[[], None],
-) -> Runner:
-    """Raises `UsageError` for an unknown name and for CUDA graphs without CUDA tensors."""
-    if name == "eager":
-        return Eager(module, arguments, call)
-    if name == "compile":
-        return Compiled(module, arguments, call)
+def make_runner(name: str, device: torch.device, call: Callable[[], None]) -> Runner:
+    """Raises `UsageError` for an unknown name and for CUDA graphs without a CUDA device.
+
+    "compile" differs in the graph that `call` runs, see `Step`; it computes in another order, so
+    its results lie within the noise floor, not on the bit.
+    """
+    if name in ("eager", "compile"):
+        return call
     if name == "cudagraph":
-        if arguments[0].device.type != "cuda":
+        if device.type != "cuda":
             raise UsageError("The runner 'cudagraph' needs a model on a CUDA device.")
-        return CudaGraph(module, arguments, call)
+        return CudaGraph(call)
     raise UsageError(f"Unknown runner {name!r}; expected one of {', '.join(RUNNERS)}.")

@@ -13,6 +13,7 @@ from fasttrace.adapters.scope import scope
 from fasttrace.engine.base import CLEAN, CORRUPT, Pair
 from fasttrace.engine.reference import Recording, ReferenceEngine
 from fasttrace.errors import ModelError
+from fasttrace.testing import runs_of
 from fasttrace.testing.tiny import make_scheduler
 from fasttrace.types import Corruption, Lane, Patch, Probe, Sampling, Selector
 
@@ -39,7 +40,7 @@ def make_pair(
 def run(pipeline: Any, probe: Probe, *lanes: Lane, **options: Any) -> dict[Any, Tensor]:
     model = Model(pipeline)
     with scope(pipeline):
-        return dict(ReferenceEngine(model).run(make_pair(model, probe, *lanes, **options)))
+        return runs_of(ReferenceEngine(model), make_pair(model, probe, *lanes, **options))
 
 
 def sites_of(pipeline: Any) -> Any:
@@ -79,10 +80,10 @@ class TestCopies:
         lanes = [Lane((Patch(s, ALL),)) for s in sites[:6]]
         with scope(pipeline):
             pair = make_pair(model, probe, *lanes)
-            once = dict(ReferenceEngine(model).run(pair))
+            once = runs_of(ReferenceEngine(model), pair)
             engine = ReferenceEngine(model, budget=1)
             assert len(engine._portions(pair)) == len(lanes)
-            portioned = dict(engine.run(pair))
+            portioned = runs_of(engine, pair)
         assert list(portioned) == list(once)
         assert all(torch.equal(portioned[k], once[k]) for k in once)
 
@@ -174,7 +175,7 @@ class TestSites:
         model = Model(pipeline)
         with scope(pipeline):
             pair = make_pair(model, probe, *lanes, steps=steps, guidance=1.0)
-            patched = dict(ReferenceEngine(model).run(pair))
+            patched = runs_of(ReferenceEngine(model), pair)
             calls = len(model.scheduler(steps).timesteps)
             record: Recording = {}
             slots = {(s.name, "cond", c) for s in sites for c in range(calls)}

@@ -14,7 +14,7 @@ from fasttrace.adapters.pipeline import Start
 from fasttrace.adapters.text import Text
 from fasttrace.engine.base import CLEAN, CORRUPT, FLOOR, Pair
 from fasttrace.engine.reference import ReferenceEngine
-from fasttrace.testing import ToyModel
+from fasttrace.testing import ToyModel, runs_of
 from fasttrace.types import Lane, Patch, Sampling, Selector, Site
 
 RESNET = Site("unet.down_blocks.0.resnets.0", "resnet", "unet", 0, (1, 1, 1))
@@ -31,7 +31,7 @@ def final(*patches: Patch, guidance: float = 1.0, base: str = CORRUPT, run: str 
     texts = {CLEAN: Text(one(1.0), uncond=uncond), CORRUPT: Text(one(0.0), uncond=uncond)}
     start = Start(torch.ones(1, 1, 1, 1), None)
     pair = Pair(texts, base, start, Sampling(2, guidance, 1, 1), (Lane(patches),))
-    return float(dict(ReferenceEngine(ToyModel()).run(pair))[run][0])
+    return float(runs_of(ReferenceEngine(ToyModel()), pair)[run][0])
 
 
 @pytest.mark.parametrize(("run", "expected"), [(CLEAN, 49), (CORRUPT, 25), (FLOOR, 25)])

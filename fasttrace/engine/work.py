@@ -1,0 +1,365 @@
+"""Which runs a trace is made of: host-side planning on numbers alone, with its FLOPs.
+
+The engine executes what stands here, call by call, so a plan's FLOPs are known before it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fasttrace.engine.compiled import PORTION, Denoiser, portions
+from fasttrace.engine.graph.prune import Cost
+from fasttrace.types import Lane, Patch
+
+BOTH = ("uncond", "cond")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides how lanes are run together.
+
+    lanes: the most in a batch. cached: lanes read recorded activations, not a leader's. shared:
+    the call a lane opens at is shared up to its site (stairs); only where the next latent is a
+    weighted sum. pruning: graphs without what a replaced site makes superfluous.
+    """
+
+    calls: int
+    guided: bool
+    lanes: int
+    cached: bool
+    shared: bool = True
+    pruning: bool = True
+    own_texts: bool = False  # text-encoder tracing
+
+    @property
+    def branches(self) -> int:
+        return 2 if self.guided else 1
+
+
+@dataclass(frozen=True)
+class Todo:
+    """A lane to run. pair, lane: its place in the job. opening: the first call it differs at."""
+
+    pair: int
+    lane: int
+    opening: int
+    patches: tuple[Patch, ...]
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.pair, self.lane
+
+    @property
+    def site(self) -> str | None:
+        """The one site it is patched at: wholly, in the conditional rows alone."""
+        if len(self.patches) != 1:
+            return None
+        patch = self.patches[0]
+        chosen = patch.selector
+        whole = chosen.tokens is None and patch.strength == 1 and chosen.branch == "cond"
+        return patch.site.name if whole and patch.source in ("clean", "corrupt") else None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Runs whose activations it reads."""
+        return tuple(
+            dict.fromkeys(p.source for p in self.patches if p.source in ("clean", "corrupt"))
+        )
+
+
+@dataclass(frozen=True)
+class Stairs:
+    """One shared call of lanes of one pair; `joins` in execution order, then lanes from the start.
+
+    Rows: clean, corrupt, `whole` (their text differs, so they share nothing), then each of
+    `joining`, and last a copy of the corrupt run that joins with the last site.
+    """
+
+    pair: int
+    call: int
+    whole: tuple[int, ...]  # lanes
+    joining: tuple[tuple[str, tuple[int, ...]], ...]  # site, lanes
+
+    @property
+    def joins(self) -> dict[str, int]:
+        found = {site: len(lanes) for site, lanes in self.joining}
+        if found:
+            found[self.joining[-1][0]] += 1  # the corrupt copy
+        return found
+
+    def flops(self, cost: Cost) -> int:
+        first = (2 + len(self.whole) + (not self.joining)) * cost.whole
+        return first + sum(n * cost.after[site] for site, n in self.joins.items())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Lanes run together from `start` on. Rows: leaders, a corrupt copy, lanes, padding, a copy.
+
+    leaders: (pair, source). lanes: (pair, lane). copies: whether its first and last row (after the
+    leaders) are corrupt copies, of the job's first pair. pruned: the site that all lanes share.
+    window: the calls in which the pruned graph runs.
+    """
+
+    lanes: tuple[tuple[int, int], ...]
+    start: int
+    size: int
+    copies: bool
+    leaders: tuple[tuple[int, str], ...] = ()
+    pruned: str | None = None
+    window: tuple[int, int] = (0, 0)
+
+    @property
+    def first(self) -> int:
+        """The row of the first lane."""
+        return len(self.leaders) + self.copies
+
+    def flops(self, cost: Cost, setting: Setting) -> int:
+        left = setting.calls - self.start
+        less = 0
+        if self.pruned is not None:
+            inside = max(0, self.window[1] - max(self.start, self.window[0]))
+            less = inside * cost.dead[self.pruned]
+        return self.size * (left * setting.branches * cost.whole - less)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything the lanes of some pairs need.
+
+    trunks: pairs whose clean and corrupt runs are made together. floor: whether the corrupt run of
+    the first pair is run once more, alone with itself.
+    """
+
+    setting: Setting
+    pairs: int
+    trunks: tuple[tuple[int, ...], ...]
+    stairs: tuple[Stairs, ...]
+    batches: tuple[Batch, ...]
+    texts: int = 0  # that pairs share
+
+    def flops(self, denoiser: Denoiser) -> int:
+        """Everything that is computed."""
+        setting, cost = self.setting, denoiser.cost
+        row = setting.branches * setting.calls * cost.whole
+        total = (2 * self.pairs + FLOOR_LANES) * row
+        total += sum(stairs.flops(cost) for stairs in self.stairs)
+        total += sum(batch.flops(cost, setting) for batch in self.batches)
+        return total + self._tables(denoiser)
+
+    def _tables(self, denoiser: Denoiser) -> int:
+        """Of the parts that run once a text and once a call."""
+        fills = [self.texts]
+        if self.setting.own_texts:
+            fills += [len(stairs.whole) for stairs in self.stairs]
+            fills += [len(batch.lanes) for batch in self.batches]
+        calls = self.setting.calls
+        steps = [n * calls for n in fills] if denoiser.step_reads_text else [calls]
+        total = sum(portions(n) for n in fills) * denoiser.text_cost
+        return PORTION * (total + sum(portions(n) for n in steps) * denoiser.step_cost)
+
+    def useful(self, cost: Cost, todo: Iterable[Todo]) -> int:
+        """What the lanes asked for cost as they are run here, without leaders, padding, copies."""
+        setting = self.setting
+        row = setting.branches * cost.whole
+        total = 2 * self.pairs * setting.calls * row
+        stairs = {(s.pair, lane): cost.whole for s in self.stairs for lane in s.whole}
+        for s in self.stairs:
+            for site, lanes in s.joining:
+                stairs |= {(s.pair, lane): cost.after[site] for lane in lanes}
+        pruned = {key: b for b in self.batches if b.pruned for key in b.lanes}
+        for lane in todo:
+            key = lane.key
+            start = lane.opening + (key in stairs)
+            total += stairs.get(key, 0) + (setting.calls - start) * row
+            if (batch := pruned.get(key)) is not None and batch.pruned is not None:
+                inside = max(0, batch.window[1] - max(start, batch.window[0]))
+                total -= inside * cost.dead[batch.pruned]
+        return total
+
+
+# The corrupt run at batch 2: two lanes, once a job.
+FLOOR_LANES = 2
+
+
+def bound(cost: Cost, setting: Setting, pairs: int, todo: Iterable[Todo]) -> int:
+    """The least FLOPs of an exact trace: every shared call, everything dead left out.
+
+    At the call where a lane opens its latent is the corrupt run's, so its unconditional row and
+    what precedes its site are there already; later, what only fed its site is not needed while the
+    window lasts. Clean and corrupt run share their first call up to the text.
+    """
+    row = setting.branches * cost.whole
+    uncond = cost.whole if setting.guided else 0
+    first = uncond + (cost.whole - cost.apart) + 2 * cost.apart
+    total = pairs * (2 * (setting.calls - 1) * row + first)
+    for lane in todo:
+        site = lane.site
+        if lane.opening >= setting.calls:
+            continue
+        if site is None:
+            total += cost.apart + (setting.calls - lane.opening - 1) * row
+            continue
+        stop = (lane.patches[0].selector.window or (0, setting.calls))[1]
+        inside = max(0, stop - lane.opening - 1)
+        total += cost.after[site] + (setting.calls - lane.opening - 1) * row
+        total -= inside * cost.dead[site]
+    return total
+
+
+def todo_of(lanes: Sequence[Sequence[Lane]], setting: Setting) -> list[Todo]:
+    """lanes: of each pair. Each lane with the call it opens at."""
+    found = []
+    for pair, own in enumerate(lanes):
+        for i, lane in enumerate(own):
+            opens = [p.selector.window[0] if p.selector.window else 0 for p in lane.patches]
+            opening = 0 if setting.own_texts else min(opens, default=0)
+            patches = () if setting.own_texts else lane.patches
+            found.append(Todo(pair, i, opening if setting.shared else 0, patches))
+    return found
+
+
+def plan_work(
+    todo: Sequence[Todo],
+    pairs: int,
+    setting: Setting,
+    cost: Cost,
+    order: Sequence[str],
+    texts: int = 0,
+) -> Work:
+    """order: sites in execution order."""
+    most = max(1, setting.lanes // 2)
+    trunks = [tuple(range(i, min(i + most, pairs))) for i in range(0, pairs, most)]
+    stairs = _stairs(todo, setting, order) if setting.shared else []
+    climbed = {(s.pair, lane) for s in stairs for lane in s.whole} | {
+        (s.pair, lane) for s in stairs for _, lanes in s.joining for lane in lanes
+    }
+    batches = batches_of(todo, climbed, setting, cost)
+    return Work(setting, pairs, tuple(trunks), tuple(stairs), tuple(batches), texts)
+
+
+def batches_of(
+    todo: Sequence[Todo], climbed: Collection[tuple[int, int]], setting: Setting, cost: Cost
+) -> list[Batch]:
+    """climbed: (pair, lane) of those whose first call has been made."""
+    by_start: dict[int, list[Todo]] = {}
+    for lane in todo:
+        start = lane.opening + (lane.key in climbed)
+        if start < setting.calls:
+            by_start.setdefault(start, []).append(lane)
+    builder = _Batches(setting, cost)
+    for start, lanes in sorted(by_start.items()):
+        builder.add(start, lanes)
+    return builder.found
+
+
+def _stairs(todo: Sequence[Todo], setting: Setting, order: Sequence[str]) -> list[Stairs]:
+    groups: dict[tuple[int, int], list[Todo]] = {}
+    for lane in todo:
+        # A lane that reads another text, or unconditional activations, differs from the start.
+        if lane.site is not None or setting.own_texts:
+            groups.setdefault((lane.pair, lane.opening), []).append(lane)
+    place = {site: i for i, site in enumerate(order)}
+    found = []
+    for (pair, call), lanes in groups.items():
+        whole = [lane.lane for lane in lanes if lane.site is None]
+        joining = sorted((lane for lane in lanes if lane.site), key=lambda x: place[str(x.site)])
+        found += [Stairs(pair, call, tuple(part), ()) for part in _parts(whole, setting.lanes)]
+        for part in _parts(joining, 2 * setting.lanes):
+            by_site: dict[str, list[int]] = {}
+            for lane in part:
+                by_site.setdefault(str(lane.site), []).append(lane.lane)
+            sites = tuple((site, tuple(own)) for site, own in by_site.items())
+            found.append(Stairs(pair, call, (), sites))
+    return found
+
+
+def _parts(items: Sequence[Any], most: int) -> list[Sequence[Any]]:
+    return [items[start : start + most] for start in range(0, len(items), most)]
+
+
+@dataclass
+class _Batches:
+    setting: Setting
+    cost: Cost
+    found: list[Batch] = field(default_factory=list)
+    seen: set[object] = field(default_factory=set)
+
+    def add(self, start: int, lanes: list[Todo]) -> None:
+        """Batches for lanes that all begin at call `start`."""
+        left: list[Todo] = []
+        for key, group in self._groups(lanes).items():
+            site, window = key
+            for i in range(0, len(group), self.setting.lanes - 2):
+                part = group[i : i + self.setting.lanes - 2]
+                if site is not None and self._pays(site, len(part), start, window):
+                    self._pruned(site, window, start, part)
+                else:
+                    left += part
+        self._full(start, sorted(left, key=lambda lane: lane.key))
+
+    def _groups(self, lanes: list[Todo]) -> dict[tuple[str | None, tuple[int, int]], list[Todo]]:
+        groups: dict[tuple[str | None, tuple[int, int]], list[Todo]] = {}
+        for lane in lanes:
+            site = lane.site if self.setting.cached and self.setting.pruning else None
+            window = (0, 0)
+            if site is not None:
+                window = lane.patches[0].selector.window or (0, self.setting.calls)
+            groups.setdefault((site, window), []).append(lane)
+        return groups
+
+    def _pays(self, site: str, lanes: int, start: int, window: tuple[int, int]) -> bool:
+        """Half a bucket at least, and less work than among other lanes, copies included."""
+        if 2 * lanes < self.setting.lanes:
+            return False
+        alone = Batch(((0, 0),) * lanes, start, lanes + 2, True, pruned=site, window=window)
+        among = Batch(((0, 0),) * lanes, start, lanes, False)
+        return alone.flops(self.cost, self.setting) < among.flops(self.cost, self.setting)
+
+    def _pruned(self, site: str, window: tuple[int, int], start: int, lanes: list[Todo]) -> None:
+        key = (site, window, start, len(lanes))
+        copies = key not in self.seen
+        self.seen.add(key)
+        self.found.append(
+            Batch(
+                tuple(lane.key for lane in lanes),
+                start,
+                len(lanes) + 2 * copies,
+                copies,
+                pruned=site,
+                window=window,
+            )
+        )
+
+    def _full(self, start: int, lanes: list[Todo]) -> None:
+        while lanes:
+            # A shape that was there before needs no copies again, and their rows are free.
+            for copies in (False, True):
+                leaders, taken = self._fill(lanes, self.setting.lanes - 2 * copies)
+                size = _bucket(len(leaders) + len(taken) + 2 * copies, self.setting.lanes)
+                if copies or (start, size) in self.seen:
+                    break
+            self.seen.add((start, size))
+            lanes = lanes[len(taken) :]
+            keys = tuple(lane.key for lane in taken)
+            self.found.append(Batch(keys, start, size, copies, tuple(leaders)))
+
+    def _fill(self, lanes: Sequence[Todo], room: int) -> tuple[list[tuple[int, str]], list[Todo]]:
+        """As many lanes, with the leaders they need, as there is room for; at least one."""
+        leaders: list[tuple[int, str]] = []
+        taken: list[Todo] = []
+        for lane in lanes:
+            needed = [] if self.setting.cached else [(lane.pair, s) for s in lane.sources]
+            new = [key for key in needed if key not in leaders]
+            if taken and len(leaders) + len(new) + len(taken) + 1 > room:
+                break
+            leaders += new
+            taken.append(lane)
+        return leaders, taken
+
+
+def _bucket(wanted: int, most: int) -> int:
+    """Lanes of a batch that holds `wanted`: few different sizes, little padding."""
+    return max(wanted, most) if wanted >= most else -(-wanted // 4) * 4

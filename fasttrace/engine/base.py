@@ -44,7 +44,11 @@ class Engine(Protocol):
     """Runs pairs. Holds no hook and no changed state of the model while it is suspended."""
 
     name: str
-    at_once: int  # pairs that it likes to be given together
+
+    @property
+    def at_once(self) -> int:
+        """How many pairs it likes to be given together."""
+        ...
 
     def run(self, pairs: Sequence[Pair]) -> Iterator[Finished]:
         """Every run of the pairs, as they come.

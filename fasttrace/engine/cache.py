@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Home = Literal["device", "host"]
+HOMES = ("device", "host")
 
 
 def size_of(shapes: Mapping[str, tuple[int, ...]], rows: int, calls: int, itemsize: int) -> int:
@@ -34,7 +33,7 @@ class Cache:
         calls: int,
         dtype: torch.dtype,
         device: torch.device,
-        home: Home,
+        home: str,
         staged: bool | None = None,
     ) -> None:
         self.rows, self.calls, self.home, self.device = rows, calls, home, device

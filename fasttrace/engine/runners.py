@@ -51,16 +51,17 @@ class CudaGraph:
             self.call()
 
 
-def make_runner(name: str, device: torch.device, call: Callable[[], None]) -> Runner:
-    """Raises `UsageError` for an unknown name and for CUDA graphs without a CUDA device.
+def check_runner(name: str, device: torch.device) -> None:
+    """Raises `UsageError` for an unknown name and for CUDA graphs without a CUDA device."""
+    if name not in RUNNERS:
+        raise UsageError(f"Unknown runner {name!r}; expected one of {', '.join(RUNNERS)}.")
+    if name == "cudagraph" and device.type != "cuda":
+        raise UsageError("The runner 'cudagraph' needs a model on a CUDA device.")
 
-    "compile" differs in the graph that `call` runs, see `Step`; it computes in another order, so
-    its results lie within the noise floor, not on the bit.
+
+def make_runner(name: str, call: Callable[[], None]) -> Runner:
+    """`call` makes one call. "eager" and "compile" differ in the graphs that it runs, see `Step`.
+
+    What torch's compiler makes computes in another order: within the noise floor, not on the bit.
     """
-    if name in ("eager", "compile"):
-        return call
-    if name == "cudagraph":
-        if device.type != "cuda":
-            raise UsageError("The runner 'cudagraph' needs a model on a CUDA device.")
-        return CudaGraph(call)
-    raise UsageError(f"Unknown runner {name!r}; expected one of {', '.join(RUNNERS)}.")
+    return CudaGraph(call) if name == "cudagraph" else call

@@ -151,7 +151,7 @@ class Step:
                     else (part.graph.module)
                 )
         self.runners: dict[str, Runner] = {
-            variant: make_runner(runner, device, lambda v=variant: self._call(v))  # type: ignore[misc]
+            variant: make_runner(runner, lambda v=variant: self._call(v))  # type: ignore[misc]
             for variant in self.parts
         }
         self.ran = 0  # FLOPs of the last call

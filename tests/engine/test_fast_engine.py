@@ -1,0 +1,417 @@
+"""The fast engine against the reference, and against itself (fp32, CPU)."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fasttrace.adapters.corruption import corrupt_text, resolve
+from fasttrace.adapters.pipeline import Model
+from fasttrace.adapters.scope import scope
+from fasttrace.engine.base import CLEAN, CORRUPT, FLOOR, Pair
+from fasttrace.engine.fast import FastEngine
+from fasttrace.engine.job import Job
+from fasttrace.engine.reference import ReferenceEngine
+from fasttrace.engine.text_lanes import TextLanes
+from fasttrace.engine.work import bound
+from fasttrace.errors import ModelError, UsageError
+from fasttrace.plan.lanes import RUN, text_lanes
+from fasttrace.testing import runs_of_pairs
+from fasttrace.testing.tiny import make_scheduler
+from fasttrace.types import Corruption, Lane, Patch, Probe, Sampling, Selector, Site
+
+PROBES = (Probe("a photo of a dog in the house", "dog"), Probe("a red car", "car"))
+OPTIONS: dict[str, dict[str, Any]] = {
+    "cache": {"clean": "cache"},
+    "leader": {"clean": "leader"},
+    "small batches": {"lanes": 6},
+    "leader, smallest batches": {"clean": "leader", "lanes": 4},
+    "nothing shared": {"sharing": False, "pruning": False},
+    "one pair at a time": {"pairs": 1},
+    "staged": {"staged": True},
+    "host, staged": {"staged": True, "home": "host"},
+}
+CLOSE = 1e-5  # of the latent's rms; the same picture in another batch shape differs by as much
+
+
+def sites_of(model: Model) -> tuple[Site, ...]:
+    size = model.default("height")
+    return model.sites(size, size).sites
+
+
+def make_pairs(
+    model: Model,
+    lanes: Callable[[Probe], list[Lane]] | list[Lane],
+    *,
+    steps: int = 3,
+    guidance: float = 3.0,
+    base: str = CORRUPT,
+    eta: float = 0.0,
+    probes: tuple[Probe, ...] = PROBES,
+) -> list[Pair]:
+    size = model.default("height")
+    sampling = Sampling(steps, guidance, size, size, eta)
+    corruption = resolve(model, list(probes), Corruption())
+    pairs = []
+    for seed, probe in enumerate(probes):
+        clean = model.text(probe.prompt, probe.negative_prompt, model.guided(sampling))
+        texts = {CLEAN: clean, CORRUPT: corrupt_text(model, probe, corruption, clean)}
+        own = lanes(probe) if callable(lanes) else lanes
+        pairs.append(Pair(texts, base, model.start(sampling, seed), sampling, tuple(own)))
+    return pairs
+
+
+def mixed_lanes(model: Model) -> list[Lane]:
+    """Every site, and lanes of every kind."""
+    sites = sites_of(model)
+    cross = [s for s in sites if s.kind == "attn2"]
+    return [
+        *(Lane((Patch(s),)) for s in sites),
+        Lane(),
+        Lane((Patch(sites[3], Selector(window=(1, 2))),)),
+        Lane((Patch(sites[-1], Selector(window=(2, 3))),)),
+        Lane((Patch(sites[5], Selector(branch="both")),)),
+        Lane((Patch(sites[5], Selector(branch="uncond", window=(1, 3)), strength=0.5),)),
+        Lane((Patch(sites[0]), Patch(sites[-2], Selector(window=(0, 1))))),
+        Lane((Patch(sites[4], source=CORRUPT),)),
+        Lane((Patch(cross[0], source="text:clean"), Patch(cross[-1], source="text:clean"))),
+    ]
+
+
+def rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def assert_same(found: dict[Any, Tensor], expected: dict[Any, Tensor], names: Any = str) -> None:
+    assert {k for k in expected if k[1] != FLOOR} == {k for k in found if k[1] != FLOOR}
+    for key, latents in expected.items():
+        if key[1] != FLOOR:
+            worst = float((found[key] - latents).abs().max())
+            assert worst <= CLOSE * rms(latents), (key, names(key), worst)
+
+
+@pytest.fixture(scope="module")
+def expected(pipeline: Any) -> tuple[Any, dict[Any, Tensor]]:
+    model = Model(pipeline)
+    with scope(pipeline):
+        pairs = make_pairs(model, mixed_lanes(model))
+        return pairs, runs_of_pairs(ReferenceEngine(model), pairs)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_lane_is_the_reference(pipeline, expected, options):
+    pairs, latents = expected
+    with scope(pipeline):
+        engine = FastEngine(Model(pipeline), **options)
+        found = runs_of_pairs(engine, pairs)
+        again = runs_of_pairs(engine, pairs)
+    assert_same(found, latents)
+    assert all(torch.equal(found[key], again[key]) for key in found)
+    copies = found[0, FLOOR]
+    assert len(copies) > 2
+    assert float((copies - found[0, CORRUPT]).abs().max()) <= CLOSE * rms(copies)
+
+
+def test_unguided(pipeline):
+    model = Model(pipeline)
+    with scope(pipeline):
+        pairs = make_pairs(model, mixed_lanes(model), guidance=1.0, steps=4)
+        expected = runs_of_pairs(ReferenceEngine(model), pairs)
+        assert_same(runs_of_pairs(FastEngine(model), pairs), expected)
+
+
+def test_pruned_graphs(pipeline):
+    """Enough pairs for lanes of one site to have a graph of their own."""
+    model = Model(pipeline)
+    probes = tuple(Probe(f"a {word} dog", "dog") for word in ("red", "big", "old", "wet"))
+    resnets = [s for s in sites_of(model) if s.kind == "resnet"]
+    lanes = [Lane((Patch(s),)) for s in resnets]
+    lanes += [Lane((Patch(resnets[-1], Selector(window=(1, 3))),))]
+    with scope(pipeline):
+        pairs = make_pairs(model, lanes, probes=probes, steps=4)
+        engine = FastEngine(model, lanes=8)
+        pruned = {batch.pruned for batch in Job(engine.workshop, pairs).work.batches}
+        assert resnets[-1].name in pruned
+        assert resnets[0].name not in pruned
+        assert_same(runs_of_pairs(engine, pairs), runs_of_pairs(ReferenceEngine(model), pairs))
+
+
+def test_swap(pipeline):
+    model = Model(pipeline)
+    cross = [s for s in sites_of(model) if s.kind == "attn2"]
+    lanes = [
+        Lane(tuple(Patch(s, source="text:corrupt") for s in cross[i : i + 2]))
+        for i in range(len(cross) - 1)
+    ]
+    with scope(pipeline):
+        pairs = make_pairs(model, lanes, base=CLEAN)
+        expected = runs_of_pairs(ReferenceEngine(model), pairs)
+        assert_same(runs_of_pairs(FastEngine(model), pairs), expected)
+
+
+def test_texts_of_their_own(pipeline):
+    model = Model(pipeline)
+    corruption = resolve(model, list(PROBES), Corruption())
+    sites = [s for e in model.encoders for s in e.sites()][:6]
+
+    def lanes(probe: Probe) -> list[Lane]:
+        found = text_lanes(model, probe, sites, ["last subject", "EOS", "padding"], corruption)
+        return [lane for lane, status in found if status == RUN]
+
+    with scope(pipeline):
+        pairs = [
+            replace(pair, lane_texts=TextLanes(model, probe, corruption, pair.texts[CLEAN]).texts)
+            for probe, pair in zip(PROBES, make_pairs(model, lanes), strict=True)
+        ]
+        expected = runs_of_pairs(ReferenceEngine(model), pairs)
+        for options in ({}, {"lanes": 5}, {"sharing": False}):
+            engine = FastEngine(model, **options)
+            predicted = 0
+            start = 0
+            while start < len(pairs):
+                job = Job(engine.workshop, pairs[start:])
+                predicted += job.work.flops(job.denoiser)
+                start += len(job.pairs)
+            assert_same(runs_of_pairs(engine, pairs), expected)
+            assert engine.executed == predicted
+
+
+class TestCopies:
+    """Invariants 1, 4 and 5: one graph and batch shape."""
+
+    def test_no_patches_own_patches_and_copies_agree_bit_for_bit(self, pipeline):
+        model = Model(pipeline)
+        itself = [Patch(s, Selector(branch="both"), source=CORRUPT) for s in sites_of(model)]
+        nothing = [Patch(s, Selector(branch="both"), strength=0.0) for s in sites_of(model)]
+        lanes = [Lane(), Lane(tuple(itself)), Lane((*nothing,)), Lane()]
+        for clean in ("cache", "leader"):
+            # A cache was recorded in another batch shape, so it may differ in the last bit.
+            asked = [lane for lane in lanes if clean == "leader" or lane.patches != tuple(itself)]
+            with scope(pipeline):
+                pairs = make_pairs(model, asked)
+                engine = FastEngine(model, clean=clean, sharing=False)
+                checked = 0
+                for finished in engine.run(pairs):
+                    rows = list(zip(finished.runs, finished.latents, strict=True))
+                    copies = [row for run, row in rows if run == (0, FLOOR)]
+                    for (pair, run), row in rows:
+                        if pair == 0 and isinstance(run, int):
+                            assert all(torch.equal(row, copy) for copy in copies), (clean, run)
+                            checked += len(copies)
+                assert checked == 2 * len(asked)
+
+    def test_a_lane_depends_neither_on_its_row_nor_on_its_neighbours(self, pipeline):
+        model = Model(pipeline)
+        sites = sites_of(model)
+        lane = Lane((Patch(sites[2]),))
+        around = [Lane((Patch(s),)) for s in sites[3:9]]
+        options = {"sharing": False, "pruning": False}
+        with scope(pipeline):
+            engine = FastEngine(model, **options)
+            found = []
+            for place in (0, 3, 6):
+                lanes = [*around[:place], lane, *around[place:]]
+                runs = runs_of_pairs(engine, make_pairs(model, lanes))
+                found.append((runs[0, place], runs[1, place]))
+            others = [Lane((Patch(s, strength=0.5),)) for s in sites[9:15]]
+            runs = runs_of_pairs(engine, make_pairs(model, [lane, *others]))
+            found.append((runs[0, 0], runs[1, 0]))
+        for first, second in found[1:]:
+            assert torch.equal(first, found[0][0])
+            assert torch.equal(second, found[0][1])
+
+    def test_unconditional_rows_are_untouched(self, pipeline):
+        """Predictions of a batch with conditional patches alone."""
+        model = Model(pipeline)
+        lane = Lane(tuple(Patch(s) for s in sites_of(model)))
+        with scope(pipeline), torch.no_grad():
+            engine = FastEngine(model, sharing=False)
+            job = Job(engine.workshop, make_pairs(model, [lane, Lane()]))
+            shared = job._shared()
+            (batch,) = job.work.batches
+            first: list[Tensor] = []
+            step = job._batch_step(batch)
+            run = step.run
+
+            def keep(*args: Any) -> None:
+                run(*args)
+                first.append(step.prediction.clone())
+
+            step.run = keep  # type: ignore[method-assign]
+            job._run_batch(batch, shared)
+        uncond, cond = first[0].chunk(2)
+        patched, plain = (batch.first + batch.lanes.index((0, i)) for i in (0, 1))
+        assert torch.equal(uncond[patched], uncond[plain])
+        assert not torch.equal(cond[patched], cond[plain])
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers'
+@pytest.mark.parametrize(
+    ("name", "steps", "eta"),
+    [
+        ("PNDM", 50, 0.0),
+        ("DDIM", 10, 0.0),
+        ("DDIM", 6, 0.8),
+        ("HeunDiscrete", 10, 0.0),
+        ("EulerDiscrete", 10, 0.0),
+        ("EulerAncestralDiscrete", 10, 0.0),
+        ("DPMSolverMultistep", 10, 0.0),
+        ("UniPCMultistep", 10, 0.0),
+        ("DDPM", 6, 0.0),
+    ],
+)
+def test_clean_rows_are_plain_diffusers(sd, name, steps, eta):
+    """Invariant 2, and patched lanes against the reference with every scheduler."""
+    with scope(sd):
+        sd.scheduler = make_scheduler(name)
+        model = Model(sd)
+        sites = sites_of(model)
+        lanes = [Lane((Patch(sites[4]),)), Lane((Patch(sites[-3], Selector(window=(2, 4))),))]
+        pairs = make_pairs(model, lanes, steps=steps, guidance=7.5, eta=eta)
+        found = runs_of_pairs(FastEngine(model), pairs)
+        expected = runs_of_pairs(ReferenceEngine(model), pairs)
+        for seed, probe in enumerate(PROBES):
+            plain = sd(
+                probe.prompt,
+                num_inference_steps=steps,
+                guidance_scale=7.5,
+                eta=eta,
+                generator=torch.Generator().manual_seed(seed),
+                output_type="latent",
+            ).images
+            assert rms(found[seed, CLEAN] - plain) <= 1e-4 * rms(plain)
+    for key in expected:
+        if key[1] != FLOOR:
+            assert rms(found[key] - expected[key]) <= 1e-4 * rms(expected[key]), key
+
+
+class TestFlops:
+    def test_what_runs_was_predicted(self, pipeline):
+        model = Model(pipeline)
+        with scope(pipeline):
+            pairs = make_pairs(model, mixed_lanes(model))
+            for options in OPTIONS.values():
+                engine = FastEngine(model, **options)
+                predicted = start = 0
+                while start < len(pairs):
+                    job = Job(engine.workshop, pairs[start:])
+                    predicted += job.work.flops(job.denoiser)
+                    start += len(job.pairs)
+                runs_of_pairs(engine, pairs)
+                assert engine.executed == predicted
+
+    def test_useful_work_is_near_the_bound(self, pipeline):
+        """All paper sites; the tiny models have a third of their work before the first text."""
+        model = Model(pipeline)
+        lanes = [Lane((Patch(s),)) for s in sites_of(model)]
+        with scope(pipeline):
+            job = Job(FastEngine(model).workshop, make_pairs(model, lanes, steps=8))
+            plain = Job(
+                FastEngine(model, sharing=False, pruning=False).workshop,
+                make_pairs(model, lanes, steps=8),
+            )
+        cost = job.denoiser.cost
+        least = bound(cost, job.setting, 2, job.todo)
+        useful = job.work.useful(cost, job.todo)
+        assert least <= useful < plain.work.useful(cost, plain.todo)
+        assert job.work.flops(job.denoiser) >= useful
+
+
+class TestNothingGoesStale:
+    def test_an_edit_in_place(self, sd):
+        model = Model(sd)
+        lanes = [Lane((Patch(s),)) for s in sites_of(model)[:4]]
+        layer = sd.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_v
+        engine = FastEngine(model)
+        with scope(sd, keep_weights=True):
+            pairs = make_pairs(model, lanes)
+            before = runs_of_pairs(engine, pairs)
+            with torch.no_grad():
+                layer.weight.mul_(3.0)
+            after = runs_of_pairs(engine, pairs)
+            assert not torch.equal(after[0, CLEAN], before[0, CLEAN])
+            assert_same(after, runs_of_pairs(ReferenceEngine(model), pairs))
+
+    def test_a_module_put_in_the_place_of_another(self, sd):
+        model = Model(sd)
+        lanes = [Lane((Patch(s),)) for s in sites_of(model)[:4]]
+        engine = FastEngine(model)
+        with scope(sd):
+            pairs = make_pairs(model, lanes)
+            before = runs_of_pairs(engine, pairs)
+            block = sd.unet.mid_block.attentions[0].transformer_blocks[0]
+            block.attn2.to_v = torch.nn.Sequential(block.attn2.to_v, torch.nn.Tanh())
+            after = runs_of_pairs(engine, pairs)
+            assert not torch.equal(after[0, CLEAN], before[0, CLEAN])
+            assert_same(after, runs_of_pairs(ReferenceEngine(model), pairs))
+
+
+class TestErrors:
+    def test_options(self, sd):
+        model = Model(sd)
+        for options, words in (
+            ({"clean": "both"}, "clean is one of auto, leader, cache"),
+            ({"home": "disk"}, "home is one of device, host"),
+            ({"lanes": 3}, "at least 4 lanes"),
+            ({"runner": "gpu"}, "Unknown runner 'gpu'"),
+            ({"runner": "cudagraph"}, "needs a model on a CUDA device"),
+        ):
+            with pytest.raises(UsageError, match=words):
+                FastEngine(model, **options)
+
+    def test_a_patch_outside_the_run(self, sd):
+        lane = Lane((Patch(sites_of(Model(sd))[0], Selector(window=(90, 91))),))
+        with scope(sd):
+            pairs = make_pairs(Model(sd), [lane])
+            with pytest.raises(ModelError, match="reached no tensor"):
+                runs_of_pairs(FastEngine(Model(sd)), pairs)
+
+    def test_nan_names_site_and_run(self, sd):
+        model = Model(sd)
+        site = sites_of(model)[5]
+        with scope(sd, keep_weights=True):
+            pairs = make_pairs(model, [Lane((Patch(sites_of(model)[-1]),))])
+            module = model.unet_modules()[site.name]
+            with torch.no_grad():
+                next(module.parameters()).fill_(float("nan"))
+            with pytest.raises(ModelError, match=f"{site.name} in call 0") as caught:
+                runs_of_pairs(FastEngine(model), pairs)
+        assert "clean run" in str(caught.value)
+
+    @pytest.mark.parametrize("failing", [0, 1, 2])
+    def test_a_failed_allocation_halves_the_batch_and_loses_nothing(self, sd, monkeypatch, failing):
+        """failing: how many batches (or shared runs) succeed before memory is short."""
+        model = Model(sd)
+        lanes = [Lane((Patch(s),)) for s in sites_of(model)]
+        done: list[int] = []
+        original = Job._trunk if failing == 0 else Job._run_batch
+
+        def short(job: Job, *args: Any) -> Any:
+            if job.setting.lanes > 8 and len(done) >= max(0, failing - 1):
+                raise torch.OutOfMemoryError("Tried to allocate 20 GiB")
+            done.append(job.setting.lanes)
+            return original(job, *args)
+
+        monkeypatch.setattr(Job, original.__name__, short)
+        with scope(sd):
+            pairs = make_pairs(model, lanes)
+            engine = FastEngine(model, lanes=24)
+            found = runs_of_pairs(engine, pairs)
+            monkeypatch.undo()
+            assert_same(found, runs_of_pairs(ReferenceEngine(model), pairs))
+        assert engine.workshop.lanes == 6
+
+    def test_no_memory_at_all_is_a_sentence(self, sd, monkeypatch):
+        model = Model(sd)
+
+        def short(*_: Any) -> Any:
+            raise MemoryError
+
+        monkeypatch.setattr(Job, "_trunk", short)
+        with scope(sd):
+            pairs = make_pairs(model, [Lane((Patch(sites_of(model)[0]),))])
+            with pytest.raises(ModelError, match="no memory for a batch of 6 lanes"):
+                runs_of_pairs(FastEngine(model), pairs)

@@ -24,9 +24,11 @@ from fasttrace.rows import PairRows, Pictures, RowWriter, Scorer, lanes_of, rows
 from fasttrace.types import Probe, Row
 
 if TYPE_CHECKING:
+    from fasttrace.engine.options import Options
+    from fasttrace.engine.predict import Prediction
     from fasttrace.report.result import Result
 
-ENGINES: dict[str, Callable[[Model], Engine]] = {
+ENGINES: dict[str, Callable[..., Engine]] = {
     "reference": ReferenceEngine,
     "fast": FastEngine,
 }
@@ -40,14 +42,18 @@ _PROBES_HAVE_THEIR_OWN = (
 class Tracer(Planner):
     """Traces any loaded diffusers pipeline of the Stable Diffusion families; leaves it as it was.
 
-    `engine` is "reference" (diffusers modules and plain hooks) or "fast" (many lanes in one traced
-    graph, experimental). Raises `ModelError` where the pipeline can't be traced as it stands.
+    `engine` is "fast" (many lanes in one compiled step) or "reference" (diffusers modules and plain
+    hooks, one run after another: the definition). `options` are the fast engine's, the fields of
+    `fasttrace.engine.options.Options`. Raises `ModelError` where the pipeline can't be traced as it
+    stands.
     """
 
-    def __init__(self, pipe: Any, *, engine: str = "reference") -> None:
+    def __init__(self, pipe: Any, *, engine: str = "fast", **options: Any) -> None:
         parse_choice(engine, tuple(ENGINES), "engine")
         super().__init__(Model(pipe), engine)
-        self.engine = ENGINES[engine](self.model)
+        if options and engine != "fast":
+            raise UsageError(f"The reference engine takes no options ({', '.join(options)}).")
+        self.engine = ENGINES[engine](self.model, **options)
 
     def iter_rows(
         self,
@@ -91,6 +97,14 @@ class Tracer(Planner):
                     on_progress(finished, plan.total)
                 yield found
             waiting = []
+
+    def forecast(
+        self, plan: Plan, options: Options | None = None, *, measure: bool = True
+    ) -> Prediction:
+        """FLOPs, memory and time of a plan on the fast engine; `measure` times a few calls."""
+        from fasttrace.forecast import forecast_plan
+
+        return forecast_plan(self.model, plan, options, measure=measure)
 
     def trace(
         self,

@@ -19,7 +19,7 @@ LAYERS = (
     {"metrics"},
     {"store"},
     {"report"},
-    {"tracer", "planner", "rows", "edit", "testing", "demo", "__init__"},
+    {"tracer", "planner", "forecast", "rows", "edit", "testing", "demo", "__init__"},
     {"cli"},
 )
 KNOWS_NOTHING_OF_OURS = {"types", "errors"}

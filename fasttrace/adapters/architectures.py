@@ -100,3 +100,13 @@ WEIGHTS = {
     "sd21": "stabilityai/stable-diffusion-2-1",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
+
+# The published pipelines' own schedulers: PNDM makes one call more than it has steps.
+SCHEDULERS = {
+    "sd14": "PNDM",
+    "sd15": "PNDM",
+    "openjourney": "PNDM",
+    "sd21": "DDIM",
+    "sdxl": "EulerDiscrete",
+}
+GUIDANCE = {"sdxl": 5.0}  # of the pipeline's call; 7.5 elsewhere

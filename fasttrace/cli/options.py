@@ -26,6 +26,11 @@ Sites = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The results directory.", metavar="DIR")]
 
+Clean = Annotated[
+    str | None, typer.Option("--clean", help="Where lanes read activations: auto, leader or cache.")
+]
+Lanes = Annotated[int | None, typer.Option("--lanes", help="The most lanes in a batch.")]
+
 COMPONENTS = ("unet", "text_encoder")
 MOST_SEEDS = 100_000
 _RANGE = re.compile(r"(\d+):(\d+)")

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,8 @@ class Request:
     shard: Shard
     pictures: bool
     quiet: bool
-    engine: str = "reference"
+    engine: str = "fast"
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the engine
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def run(request: Request) -> Outcome:
     from fasttrace import Tracer, load
 
     pipe = load(request.model, dtype=request.dtype, device=request.device)
-    tracer = Tracer(pipe, engine=request.engine)
+    tracer = Tracer(pipe, engine=request.engine, **request.options)
     plans = make_plans(tracer, request, before)
     planned = sum(plan.total for plan in plans)
     call = Call.now(

@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from fasttrace.cli.options import (
+    Clean,
     Components,
     Json,
+    Lanes,
     Out,
     Quiet,
     Sites,
@@ -73,8 +75,10 @@ def command(
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     engine: Annotated[
-        str, typer.Option(help="reference, or fast: many lanes a batch (experimental).")
-    ] = "reference",
+        str, typer.Option(help="fast, or reference: the definition, one run after another.")
+    ] = "fast",
+    clean: Clean = None,
+    lanes: Lanes = None,
     shard: Annotated[str | None, typer.Option(help="The i-th of n processes, i/n.")] = None,
     pictures: Annotated[bool, typer.Option(help="Keep pictures beside the rows.")] = True,
     quiet: Quiet = False,
@@ -118,6 +122,7 @@ def command(
         pictures=pictures,
         quiet=quiet,
         engine=engine,
+        options={k: v for k, v in {"clean": clean, "lanes": lanes}.items() if v is not None},
     )
     outcome = run(request)
     if as_json:

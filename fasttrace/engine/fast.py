@@ -8,7 +8,9 @@ from typing import Any
 
 from fasttrace.adapters.pipeline import Model
 from fasttrace.engine.base import Finished, Pair
-from fasttrace.engine.job import Job, Options, Workshop
+from fasttrace.engine.job import Job
+from fasttrace.engine.options import Options
+from fasttrace.engine.workshop import Workshop
 
 
 class FastEngine:

@@ -8,133 +8,29 @@ that leaves work out.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasttrace.adapters.pipeline import Model
+from fasttrace.engine.arrange import arrange, branches_of
 from fasttrace.engine.base import CLEAN, CORRUPT, FLOOR, Finished, Pair
-from fasttrace.engine.cache import HOMES, Cache, size_of
-from fasttrace.engine.compiled import Denoiser, Tables, of_model
+from fasttrace.engine.cache import Cache
 from fasttrace.engine.first_call import FirstCall
+from fasttrace.engine.options import SMALLEST
 from fasttrace.engine.reference import ReferenceEngine
-from fasttrace.engine.runners import check_runner
 from fasttrace.engine.schedule import draw_noise, read_schedule
-from fasttrace.engine.stale import structure_of
 from fasttrace.engine.step import FULL, PRUNED, Shape, Step
 from fasttrace.engine.texts import Texts
-from fasttrace.engine.work import (
-    FLOOR_LANES,
-    Batch,
-    Setting,
-    Stairs,
-    Work,
-    batches_of,
-    plan_work,
-    todo_of,
-)
-from fasttrace.errors import ModelError, UsageError
+from fasttrace.engine.work import FLOOR_LANES, Batch, Stairs, batches_of
+from fasttrace.engine.workshop import Workshop
+from fasttrace.errors import ModelError
 from fasttrace.types import Patch
 
 _log = logging.getLogger(__name__)
-_BOTH = ("uncond", "cond")
-CLEAN_MODES = ("auto", "leader", "cache")
 Run = tuple[int, str | int]
 ERRORS = (RuntimeError, MemoryError)
-SMALLEST = 4  # lanes: a leader, two copies of the corrupt run, one patched lane
-
-
-@dataclass(frozen=True)
-class Options:
-    """How lanes are run. None of it changes a score beyond the noise floor.
-
-    clean: where lanes read activations, "leader" (the source is a lane of every batch: nothing is
-    stored), "cache" (recorded once) or "auto" (a cache where `budget` bytes hold one pair's).
-    home: where the cache lies, "device" or "host" (pinned, fetched ahead). lanes: the most in a
-    batch. runner: see `runners.RUNNERS`; None is a CUDA graph on CUDA, else the graph's code.
-    pairs: the most whose lanes are run together. pruning, sharing: leave out what a replaced site
-    makes superfluous, and what lanes have in common at the call they open at. staged: read the
-    cache through staging slots, as captured graphs have to; None is where they are.
-    """
-
-    clean: str = "auto"
-    home: str = "device"
-    runner: str | None = None
-    lanes: int = 48
-    pairs: int = 24
-    budget: int = 1 << 30
-    pruning: bool = True
-    sharing: bool = True
-    staged: bool | None = None
-
-    def __post_init__(self) -> None:
-        for name, known in (("clean", CLEAN_MODES), ("home", HOMES)):
-            if getattr(self, name) not in known:
-                given = getattr(self, name)
-                raise UsageError(f"{name} is one of {', '.join(known)}, not {given!r}.")
-        if self.lanes < SMALLEST:
-            raise UsageError(
-                f"A batch has at least {SMALLEST} lanes (a leader, two copies of the corrupt run "
-                f"and one patched lane); {self.lanes} were asked for."
-            )
-        if self.pairs < 1:
-            raise UsageError(f"At least one pair is run at a time, not {self.pairs}.")
-
-
-class Workshop:
-    """What outlives a job: compiled denoisers, tables, steps. `executed` counts FLOPs."""
-
-    def __init__(self, model: Model, options: Options) -> None:
-        self.model, self.options, self.lanes = model, options, options.lanes
-        cuda = model.device.type == "cuda"
-        self.runner = options.runner or ("cudagraph" if cuda else "eager")
-        check_runner(self.runner, model.device)
-        self.executed = 0
-        self._structure: Any = None
-        self._denoisers: dict[Any, Denoiser] = {}
-        self._tables: dict[Any, Tables] = {}
-        self._kept: dict[Any, Any] = {}
-
-    def renew(self) -> None:
-        """Trace again if the model is built otherwise than when it was traced."""
-        structure = structure_of(self.model.unet)
-        if structure != self._structure:
-            self._denoisers.clear()
-            self._tables.clear()
-            self._kept.clear()
-            self._structure = structure
-
-    def denoiser(self, pair: Pair) -> Denoiser:
-        """Traced once for a picture size and a shape of text."""
-        sampling, text = pair.sampling, pair.texts[CLEAN]
-        key = (sampling.height, sampling.width, tuple(text.cond.shape))
-        if key not in self._denoisers:
-            self._denoisers[key] = of_model(self.model, sampling, text)
-        return self._denoisers[key]
-
-    def tables(self, denoiser: Denoiser, slots: int, calls: int) -> Tables:
-        """Steps are bound to the tables they read, so other tables mean other steps."""
-        key = (id(denoiser), slots, calls)
-        if key not in self._tables:
-            self._tables.clear()
-            self._kept.clear()
-            self._tables[key] = Tables(denoiser, slots, calls, self.model.device)
-        return self._tables[key]
-
-    def kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """A step, or a cache, by its key; made once."""
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
-
-    def forget_steps(self) -> None:
-        """Drop compiled steps, which hold buffers of their size."""
-        self._kept = {key: kept for key, kept in self._kept.items() if key[0] == "cache"}
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -176,48 +72,31 @@ class Job:
         self.schedule = read_schedule(self.scheduler, options)
         self.calls = self.schedule.calls
         self.denoiser = workshop.denoiser(first)
-        of_text = first.lane_texts is not None
-        lanes = [] if of_text else [lane for pair in pairs for lane in pair.lanes]
-        patches = [patch for lane in lanes for patch in lane.patches]
-        self._check(patches)
-        read = [p for p in patches if not p.source.startswith("text:")]
-        self.sources = sorted({(p.source, b) for p in read for b in self.branches(p)})
-        asked = {p.site.name: p.site.shape for p in read}
-        order = [name for name in self.denoiser.marks if name in asked]
-        self.shapes = {name: asked[name] for name in order}
-        # Each pair's own scheduler remembers its own past, so such pairs run alone.
-        most = self.options.pairs if self.schedule.linear else 1
-        self.cached = bool(order) and self._cache_fits()
-        if self.cached:
-            most = min(most, max(1, self.options.budget // max(1, self._bytes(1))))
-        self.pairs = list(pairs[:most])
-        self.setting = Setting(
+        self.of_text = first.lane_texts is not None
+        self._arrange(pairs)
+
+    def _arrange(self, pairs: Sequence[Pair]) -> None:
+        """Decide what runs; for all of `pairs`, or as many first ones as memory holds."""
+        self.chunk = arrange(
+            [pair.lanes for pair in pairs],
+            self.denoiser,
+            replace(self.options, lanes=self.workshop.lanes),
             calls=self.calls,
             guided=self.guided,
-            lanes=workshop.lanes,
-            cached=self.cached,
-            shared=self.schedule.linear and self.options.sharing,
-            pruning=self.options.pruning and self.schedule.linear,
-            own_texts=of_text,
+            linear=self.schedule.linear,
+            own_texts=self.of_text,
+            itemsize=self.model.dtype.itemsize,
         )
-        self.todo = todo_of([pair.lanes for pair in self.pairs], self.setting)
-        self.texts = Texts(model, self.sampling, self.pairs)
-        self.order = order
-        self.replan()
-
-    def replan(self) -> None:
-        self.work: Work = plan_work(
-            self.todo,
-            len(self.pairs),
-            self.setting,
-            self.denoiser.cost,
-            self.order,
-            texts=self.texts.shared,
-        )
-        own = max((len(b.lanes) for b in self.work.batches), default=0)
-        own = max([own, *(len(s.whole) for s in self.work.stairs)])
-        slots = self.texts.shared + (own if self.setting.own_texts else 0)
-        self.tables = self.workshop.tables(self.denoiser, -(-slots // 8) * 8, self.calls)
+        chunk = self.chunk
+        self.pairs = list(pairs[: chunk.pairs])
+        self.texts = Texts(self.model, self.sampling, self.pairs)
+        self.work = replace(chunk.work, texts=self.texts.shared)
+        self.setting, self.todo, self.sources = chunk.setting, chunk.todo, chunk.sources
+        self.shapes = chunk.shapes
+        self.cached = tuple(site for site in chunk.shapes if site in chunk.setting.cached)
+        own = chunk.own_slots if self.of_text else 0
+        slots = -(-(self.texts.shared + own) // 8) * 8
+        self.tables = self.workshop.tables(self.denoiser, slots, self.calls)
 
     def run(self) -> Iterator[Finished]:
         """Everything, in smaller batches where memory doesn't hold them."""
@@ -228,7 +107,7 @@ class Job:
                 break
             except ERRORS as error:
                 self._halve(error)
-                self.replan()
+                self._arrange(self.pairs)
         yield from shared.finished
         left = list(self.work.batches)
         while left:
@@ -273,7 +152,7 @@ class Job:
         if self.cached:
             rows = self._kept_at(len(self.pairs), 0)
             self.cache = self.workshop.kept(
-                ("cache", rows, tuple(self.shapes), self.calls), lambda: self._make_cache(rows)
+                ("cache", rows, self.cached, self.calls), lambda: self._make_cache(rows)
             )
         trunk = self._trunk()
         ends: list[Run] = [(p, run) for p in range(len(self.pairs)) for run in (CLEAN, CORRUPT)]
@@ -308,10 +187,7 @@ class Job:
             lanes = 2 * len(pairs)
             leading = pairs[0] == 0
             records = leading + len(pairs) * len(self.sources) if self.cached else 0
-            shape = Shape(
-                lanes, self.guided, tuple(self.shapes) if records else (), records=records
-            )
-            step = self._step(shape)
+            step = self._step(Shape(lanes, self.guided, recorded=self.cached, records=records))
             cond = [self.texts.slot(p, run) for p in pairs for run in (CLEAN, CORRUPT)]
             self._prepare(step, [p for p in pairs for _ in range(2)], cond)
             if records:
@@ -441,7 +317,7 @@ class Job:
 
     def _write(self, step: Step, batch: Batch, row: int, pair: int, patch: Patch) -> None:
         start, stop = patch.selector.window or (0, self.calls)
-        for branch in self.branches(patch):
+        for branch in branches_of(patch, self.guided):
             at = step.row(branch, row)
             if patch.source.startswith("text:"):
                 run = patch.source.removeprefix("text:")
@@ -453,7 +329,8 @@ class Job:
             if patch.strength == 0:
                 continue
             point = self._point(step, patch.site.name)
-            if self.cache is not None:
+            if patch.site.name in self.cached:
+                assert self.cache is not None
                 k = self._kept_at(pair, self.sources.index((patch.source, branch)))
                 found = [self.cache.row(call, k) for call in range(start, stop)]
                 step.index[start:stop, point, at] = torch.tensor(found, device=step.device)
@@ -494,12 +371,12 @@ class Job:
 
     def _batch_step(self, batch: Batch) -> Step:
         sites = (batch.pruned,) if batch.pruned else tuple(self.shapes)
-        source: Any = "none" if not sites else "buffer" if self.cached else "rows"
-        return self._step(Shape(batch.size, self.guided, sites, source, pruned=batch.pruned))
+        cached = tuple(site for site in sites if site in self.cached)
+        return self._step(Shape(batch.size, self.guided, sites, cached, pruned=batch.pruned))
 
     def _step(self, shape: Shape) -> Step:
         slots, guidance = self.schedule.slots, self.sampling.guidance
-        cache = self.cache if shape.records or shape.sources == "buffer" else None
+        cache = self.cache if shape.recorded or shape.cached else None
         key = ("step", shape, slots, guidance, self.schedule.linear, id(cache))
 
         def make() -> Step:
@@ -519,7 +396,7 @@ class Job:
 
     def _make_cache(self, rows: int) -> Cache:
         return Cache(
-            self.shapes,
+            {site: self.shapes[site] for site in self.cached},
             rows,
             self.calls,
             self.model.dtype,
@@ -586,32 +463,9 @@ class Job:
         options = self.model.step_options(self.scheduler, self.sampling.eta, generator)
         return draw_noise(self.scheduler, start, options)
 
-    def branches(self, patch: Patch) -> tuple[str, ...]:
-        if not self.guided:
-            return ("cond",)
-        return _BOTH if patch.selector.branch == "both" else (patch.selector.branch,)
-
-    def _check(self, patches: Sequence[Patch]) -> None:
-        for patch in patches:
-            start, stop = patch.selector.window or (0, self.calls)
-            if not 0 <= start < min(stop, self.calls):
-                raise ModelError(
-                    f"The patch at {patch.site.name} reached no tensor in calls ({start}, {stop}): "
-                    f"a run has {self.calls} calls."
-                )
-
     def _kept_at(self, pair: int, source: int) -> int:
         """A row of the cache. Row 0 is the first pair's corrupt run, for copies of it."""
         return 1 + pair * len(self.sources) + source
-
-    def _bytes(self, pairs: int) -> int:
-        rows = 1 + pairs * len(self.sources)
-        return size_of(self.shapes, rows, self.calls, self.model.dtype.itemsize)
-
-    def _cache_fits(self) -> bool:
-        if self.options.clean != "auto":
-            return self.options.clean == "cache"
-        return self._bytes(1) <= self.options.budget
 
 
 def _is_allocation(error: Exception) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from fasttrace.engine.graph.prune import prune
 from fasttrace.engine.runners import Runner, make_runner
 from fasttrace.engine.schedule import Schedule, Slots, advance
 
-Sources = Literal["none", "rows", "buffer"]
 FULL, PRUNED = "full", "pruned"
 
 
@@ -32,15 +31,16 @@ class Shape:
     """What a compiled step is fixed to. Everything else of a plan is data.
 
     lanes: lanes of a batch. guided: every lane has an unconditional row as well. sites: where
-    patches may be. sources: where those read from: rows of the same call (a leader lane) or a cache
-    of recorded activations. records: rows that are recorded at every site, 0 for none. pruned: a
-    site that all conditional rows take from the cache, so that what only fed it is not computed.
+    patches may be. cached: those of them that read the cache; the others read rows of the same call
+    (a leader lane). recorded: sites of which `records` rows go into the cache. pruned: a site that
+    all conditional rows take from the cache, so that what only fed it is not computed.
     """
 
     lanes: int
     guided: bool
     sites: tuple[str, ...] = ()
-    sources: Sources = "none"
+    cached: tuple[str, ...] = ()
+    recorded: tuple[str, ...] = ()
     records: int = 0
     pruned: str | None = None
 
@@ -87,8 +87,7 @@ class Step:
 
         # What the graphs read in a call, at fixed addresses.
         self.points = [
-            Point(site, source="rows" if shape.sources == "rows" else "buffer")
-            for site in (shape.sites if shape.sources != "none" else ())
+            Point(site, source="buffer" if site in shape.cached else "rows") for site in shape.sites
         ]
         now = make_tables(
             self.points,
@@ -108,14 +107,14 @@ class Step:
         staged = cache is not None and cache.staged
         self.records = {
             site: zeros(shape.records if staged else 0, *denoiser.marks[site].shape)
-            for site in (shape.sites if shape.records else ())
+            for site in shape.recorded
         }
         self.values: dict[str, Tensor] = {
             **denoiser.weights,
             **tables.text,
             **tables.step,
             **{n: t for n, t in now.items() if "/" in n and not n.endswith("/source")},
-            **{f"{site}/rows": self.record_rows for site in shape.sites},
+            **{f"{site}/rows": self.record_rows for site in shape.recorded},
         }
 
         # A plan: one entry a call.
@@ -207,14 +206,14 @@ class Step:
             self.runners[variant]()
             return
         stop = record + self.shape.records
-        if self.shape.sources == "buffer":
+        if self.shape.cached:
             cache.before(call)
         if not cache.staged:
             # Nothing is captured, so a call's rows are read and written where they lie.
             self._bind("source", variant, lambda site: cache.source(site, call))
             self._bind("record", variant, lambda site: cache.target(site, call, record, stop))
         self.runners[variant]()
-        if self.shape.sources == "buffer":
+        if self.shape.cached:
             cache.after(call)
         if cache.staged:
             for site, rows in self.records.items():
@@ -252,8 +251,8 @@ class Step:
 
     def _full(self) -> Graph:
         body = self._body(self.shape.rows)
-        if self.shape.records:
-            body = insert_records(body, self.shape.sites)
+        if self.shape.recorded:
+            body = insert_records(body, self.shape.recorded)
         return insert_patches(body, self.points)
 
     def _part(self, graph: Graph, rows: slice) -> Part:

@@ -25,7 +25,10 @@ class Texts:
         halves: list[dict[str, Tensor]] = []
         self._uncond: list[int] = []
         for pair in pairs:
-            half = self._halves(pair.texts[CLEAN])[0]
+            half, *rest = self._halves(pair.texts[CLEAN])
+            if not rest:  # no guidance
+                self._uncond.append(0)
+                continue
             known = [i for i, other in enumerate(halves) if _equal(half, other)]
             self._uncond.append(known[0] if known else len(halves))
             if not known:

@@ -20,15 +20,15 @@ BOTH = ("uncond", "cond")
 class Setting:
     """What decides how lanes are run together.
 
-    lanes: the most in a batch. cached: lanes read recorded activations, not a leader's. shared:
-    the call a lane opens at is shared up to its site (stairs); only where the next latent is a
-    weighted sum. pruning: graphs without what a replaced site makes superfluous.
+    lanes: the most in a batch. cached: sites whose recorded activations are read, not a leader's.
+    shared: the call a lane opens at is shared up to its site (stairs), which needs a next latent
+    that is a weighted sum. pruning: graphs without what a replaced site makes superfluous.
     """
 
     calls: int
     guided: bool
     lanes: int
-    cached: bool
+    cached: frozenset[str]
     shared: bool = True
     pruning: bool = True
     own_texts: bool = False  # text-encoder tracing
@@ -61,12 +61,10 @@ class Todo:
         whole = chosen.tokens is None and patch.strength == 1 and chosen.branch == "cond"
         return patch.site.name if whole and patch.source in ("clean", "corrupt") else None
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Runs whose activations it reads."""
-        return tuple(
-            dict.fromkeys(p.source for p in self.patches if p.source in ("clean", "corrupt"))
-        )
+    def led_by(self, cached: Collection[str]) -> tuple[str, ...]:
+        """Runs that have to be lanes beside it, since what it reads of them isn't kept."""
+        read = [p for p in self.patches if not p.source.startswith("text:")]
+        return tuple(dict.fromkeys(p.source for p in read if p.site.name not in cached))
 
 
 @dataclass(frozen=True)
@@ -303,7 +301,7 @@ class _Batches:
     def _groups(self, lanes: list[Todo]) -> dict[tuple[str | None, tuple[int, int]], list[Todo]]:
         groups: dict[tuple[str | None, tuple[int, int]], list[Todo]] = {}
         for lane in lanes:
-            site = lane.site if self.setting.cached and self.setting.pruning else None
+            site = lane.site if lane.site in self.setting.cached and self.setting.pruning else None
             window = (0, 0)
             if site is not None:
                 window = lane.patches[0].selector.window or (0, self.setting.calls)
@@ -351,7 +349,7 @@ class _Batches:
         leaders: list[tuple[int, str]] = []
         taken: list[Todo] = []
         for lane in lanes:
-            needed = [] if self.setting.cached else [(lane.pair, s) for s in lane.sources]
+            needed = [(lane.pair, source) for source in lane.led_by(self.setting.cached)]
             new = [key for key in needed if key not in leaders]
             if taken and len(leaders) + len(new) + len(taken) + 1 > room:
                 break

@@ -35,7 +35,7 @@ def fake_tracer(monkeypatch, fakes):
         sigma_of = staticmethod(lambda probes: 0.1 * len(probes))
         calls: list = []  # noqa: RUF012
 
-        def __init__(self, pipe, *, engine="reference"):
+        def __init__(self, pipe, *, engine="fast", **options):
             FakeTracer.calls.clear()
 
         def sites(self, component, sites):

@@ -190,13 +190,13 @@ def _alone(node: fx.Node, reader: fx.Node, order: Mapping[fx.Node, int]) -> bool
         return False
     for user in node.users:
         late = order.get(user, -1) >= order[reader]
-        if user is not reader and (late or _aliased(user) is node):
+        if user is not reader and (late or aliased(user) is node):
             return False
-    source = _aliased(node)
+    source = aliased(node)
     return source is None or _alone(source, node, order)
 
 
-def _aliased(node: fx.Node) -> fx.Node | None:
+def aliased(node: fx.Node) -> fx.Node | None:
     """The input that node's tensor may share memory with."""
     first = node.all_input_nodes[0] if node.all_input_nodes else None
     if node.target is operator.getitem:

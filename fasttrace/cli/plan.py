@@ -1,0 +1,192 @@
+"""`fasttrace plan`: what a trace would run and cost, before anything runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fasttrace.cli.options import (
+    Clean,
+    Components,
+    Json,
+    Lanes,
+    Quiet,
+    Sites,
+    parse_components,
+    parse_windows,
+    parse_words,
+)
+from fasttrace.errors import UsageError
+
+if TYPE_CHECKING:
+    from fasttrace.engine.options import Options
+    from fasttrace.engine.predict import Prediction
+
+NAME = "plan"
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(help="sd14, sd15, sd21, sdxl (no weights), 'embedded', a folder.")
+    ],
+    probes: Annotated[Path | None, typer.Option(help="A file of captions.", metavar="FILE")] = None,
+    prompts: Annotated[int, typer.Option(help="Without a file: so many captions.")] = 24,
+    seeds: Annotated[int, typer.Option(help="Seeds of each.")] = 1,
+    component: Components = None,
+    sites: Sites = None,
+    steps: Annotated[int | None, typer.Option(help="Inference steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    branch: Annotated[str, typer.Option(help="cond, uncond or both.")] = "cond",
+    window: Annotated[
+        list[str] | None,
+        typer.Option(help="Denoiser calls 0:5 or shares 0.0:0.25; repeatable.", metavar="A:B"),
+    ] = None,
+    clean: Clean = None,
+    lanes: Lanes = None,
+    budget: Annotated[
+        float | None, typer.Option(help="GiB that clean activations may take.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="For an estimate on paper: A100, H100, RTX 4090, ...")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Say how many runs a trace makes, in which batches, with how much work, memory and time."""
+    from fasttrace.adapters.architectures import ARCHITECTURES
+    from fasttrace.engine.options import Options
+
+    chosen: dict[str, Any] = {"clean": clean or "auto"}
+    if lanes is not None:
+        chosen["lanes"] = lanes
+    if budget is not None:
+        if not 0 < budget < 1e6:
+            raise UsageError(f"--budget {budget} is not a positive number of GiB.")
+        chosen["budget"] = int(budget * 2**30)
+    options = Options(**chosen)
+    components = parse_components(component or ["unet"])
+    words = parse_words(sites or ["paper"], "--sites")
+    windows = parse_windows(window or [])
+    sampling = {"steps": steps, "guidance": guidance, "branch": branch}
+    if model in ARCHITECTURES:
+        from fasttrace.forecast import forecast_architecture
+
+        if components != ["unet"] or probes is not None:
+            raise UsageError(
+                f"'{model}' is a bare architecture: its UNet alone is planned, for a number of "
+                "--prompts. Give a folder with weights for text encoders and probes."
+            )
+        found = {
+            "unet": forecast_architecture(
+                model,
+                prompts=prompts,
+                seeds=seeds,
+                sites=words,
+                window=windows,
+                branch=branch,
+                steps=steps or 50,
+                guidance=guidance,
+                options=options,
+                device=gpu,
+            )
+        }
+    else:
+        if gpu is not None:
+            raise UsageError("--gpu goes with a bare architecture (sd15, sdxl, ...).")
+        found = _of_model(
+            model, components, probes, prompts, seeds, words, windows, sampling, options
+        )
+    if as_json:
+        total: dict[str, Any] = asdict(next(iter(found.values())))
+        if len(found) > 1:
+            total = {name: asdict(one) for name, one in found.items()}
+        print(json.dumps({"model": model, **total}))
+        return
+    for name, one in found.items():
+        print("\n".join(describe(f"{model}, {name}", one, on_paper=gpu)))
+
+
+def _of_model(
+    model: str,
+    components: list[str],
+    probes: Path | None,
+    prompts: int,
+    seeds: int,
+    sites: list[str],
+    windows: Any,
+    sampling: dict[str, Any],
+    options: Options,
+) -> dict[str, Prediction]:
+    from importlib.resources import as_file, files
+
+    from fasttrace import Tracer, load
+    from fasttrace.cli.sweep import quiet_libraries
+    from fasttrace.store.probes import read_probes
+
+    quiet_libraries()
+    tracer = Tracer(load(model))
+    if probes is not None:
+        entries = read_probes(probes)
+    else:
+        name = "probes.json" if tracer.name == "embedded" else "probes-real-models.json"
+        with as_file(files("fasttrace.embedded") / name) as path:
+            entries = read_probes(path)[:prompts]
+    captions = [entry.probe() for entry in entries]
+    found = {}
+    for component in components:
+        extra = {} if component == "text_encoder" else {"window": windows}
+        kept = {k: v for k, v in sampling.items() if component == "unet" or k != "branch"}
+        plan = tracer.plan(captions, component=component, sites=sites, seeds=seeds, **kept, **extra)
+        found[component] = tracer.forecast(plan, options)
+    return found
+
+
+def describe(name: str, found: Prediction, *, on_paper: str | None = None) -> list[str]:
+    """Lines for people."""
+    over = 100 * (found.flops / max(1, found.bound_flops) - 1)
+    plain = 100 * (found.plain_flops / max(1, found.bound_flops) - 1)
+    batches = (
+        f"{found.batches}, of up to {found.largest_batch} lanes; pairs at a time: {found.pairs}; "
+        f"pruned: {found.pruned_batches}; shared calls: {found.shared_calls}"
+    )
+    lines = [
+        f"{name}: {found.lanes:,} patched runs of {found.calls} denoiser calls",
+        f"  work     {_flops(found.flops)}: {over:.1f} % above the least an exact trace needs",
+        f"           ({_flops(found.bound_flops)}); a whole run a site would be {plain:.1f} %",
+        f"  batches  {batches}",
+        f"  clean    {_clean(found)}",
+        f"  memory   about {_bytes(found.peak_bytes)} beside the weights",
+    ]
+    if found.seconds is not None:
+        from fasttrace.cli.progress import duration
+
+        how = "measured on a few calls here"
+        if on_paper:
+            how = f"an estimate from the data sheet of a {on_paper}, never measured"
+        lines.append(f"  time     about {duration(found.seconds)} in the denoiser ({how})")
+    return lines
+
+
+def _clean(found: Prediction) -> str:
+    if found.clean == "leader":
+        return "read from a leader lane in every batch: a record would not fit --budget"
+    kept = f"{_bytes(found.cache_bytes)} recorded once"
+    if found.clean == "cache":
+        return kept
+    return f"{kept}, where that saves most; the rest is read from leader lanes, to fit --budget"
+
+
+def _flops(number: float) -> str:
+    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.1f} PFLOP"
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"

@@ -1,0 +1,114 @@
+"""Decides how many pairs run together, and whether their clean activations are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fasttrace.engine.cache import size_of
+from fasttrace.engine.compiled import Denoiser
+from fasttrace.engine.options import Options
+from fasttrace.engine.work import Setting, Todo, Work, plan_work, todo_of
+from fasttrace.errors import ModelError
+from fasttrace.types import Lane, Patch
+
+_BOTH = ("uncond", "cond")
+WORTH = 0.1  # of a row's work that a site has to make superfluous to be kept before others
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The first pairs of a trace, run together.
+
+    sources: the (run, branch) whose activations lanes read. shapes: of the sites they read, in
+    execution order. cache_bytes: of the clean activations kept, 0 with leaders.
+    """
+
+    pairs: int
+    setting: Setting
+    todo: list[Todo]
+    work: Work
+    sources: list[tuple[str, str]]
+    shapes: dict[str, tuple[int, ...]]
+    cache_bytes: int
+
+    @property
+    def own_slots(self) -> int:
+        """The most texts of lanes' own that are there at a time."""
+        rows = [len(batch.lanes) for batch in self.work.batches]
+        return max([*rows, *(len(stairs.whole) for stairs in self.work.stairs)], default=0)
+
+
+def arrange(
+    lanes: Sequence[Sequence[Lane]],
+    denoiser: Denoiser,
+    options: Options,
+    *,
+    calls: int,
+    guided: bool,
+    linear: bool,
+    own_texts: bool,
+    itemsize: int,
+    uncond_texts: int = 1,
+) -> Chunk:
+    """lanes: of each pair. linear: whether the schedule is a weighted sum. itemsize: bytes.
+
+    Raises `ModelError` for a patch whose window lies outside the run.
+    """
+    patches = [] if own_texts else [p for own in lanes for lane in own for p in lane.patches]
+    _check(patches, calls)
+    read = [p for p in patches if not p.source.startswith("text:")]
+    sources = sorted({(p.source, branch) for p in read for branch in branches_of(p, guided)})
+    asked = {p.site.name: p.site.shape for p in read}
+    shapes = {name: asked[name] for name in denoiser.marks if name in asked}
+
+    # Each pair's own scheduler remembers its own past, so such pairs run alone.
+    most = min(len(lanes), options.pairs if linear else 1)
+
+    def chunk(pairs: int, kept: Mapping[str, tuple[int, ...]]) -> Chunk:
+        setting = Setting(
+            calls=calls,
+            guided=guided,
+            lanes=options.lanes,
+            cached=frozenset(kept),
+            shared=linear and options.sharing,
+            pruning=linear and options.pruning,
+            own_texts=own_texts,
+        )
+        todo = todo_of(lanes[:pairs], setting)
+        texts = uncond_texts + 2 * pairs
+        work = plan_work(todo, pairs, setting, denoiser.cost, list(shapes), texts)
+        taken = size_of(kept, 1 + pairs * len(sources), calls, itemsize)
+        return Chunk(pairs, setting, todo, work, sources, shapes, taken)
+
+    def fitting(kept: Mapping[str, tuple[int, ...]]) -> int:
+        """How many pairs' activations fit the budget."""
+        sizes = (size_of(kept, 1 + n * len(sources), calls, itemsize) for n in range(most, 0, -1))
+        return most - next((i for i, size in enumerate(sizes) if size <= options.budget), most)
+
+    cost = denoiser.cost
+    worthwhile = {s: shape for s, shape in shapes.items() if cost.dead[s] > WORTH * cost.whole}
+    choices = [chunk(most, {})] if options.clean != "cache" or not shapes else []
+    if shapes and options.clean != "leader":
+        for kept in (shapes, worthwhile) if options.clean == "auto" else (shapes,):
+            pairs = fitting(kept) if options.clean == "auto" else max(1, fitting(kept))
+            if kept and pairs:
+                choices.append(chunk(pairs, kept))
+    return min(choices, key=lambda c: c.work.flops(denoiser) / c.pairs)
+
+
+def branches_of(patch: Patch, guided: bool) -> tuple[str, ...]:
+    """The branches a patch writes to; without guidance there is one."""
+    if not guided:
+        return ("cond",)
+    return _BOTH if patch.selector.branch == "both" else (patch.selector.branch,)
+
+
+def _check(patches: Sequence[Patch], calls: int) -> None:
+    for patch in patches:
+        start, stop = patch.selector.window or (0, calls)
+        if not 0 <= start < min(stop, calls):
+            raise ModelError(
+                f"The patch at {patch.site.name} reached no tensor in calls ({start}, {stop}): "
+                f"a run has {calls} calls."
+            )

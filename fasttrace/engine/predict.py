@@ -1,0 +1,167 @@
+"""What a trace will take, before it runs: FLOPs, memory, and time from a short calibration."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from fasttrace.engine.arrange import Chunk, arrange
+from fasttrace.engine.compiled import Denoiser
+from fasttrace.engine.flops import count
+from fasttrace.engine.memory import peak_bytes
+from fasttrace.engine.options import Options
+from fasttrace.engine.work import bound
+from fasttrace.types import Lane
+
+# Peak 16-bit tensor-core TFLOP/s without sparsity and memory in GB, from the makers' data sheets.
+# For planning on paper: nobody here has measured fasttrace on any of them.
+DEVICES = {
+    "T4": (65, 16),
+    "RTX 3090": (71, 24),
+    "RTX 4090": (165, 24),
+    "A10G": (70, 24),
+    "L4": (121, 24),
+    "A100-40": (312, 40),
+    "A100": (312, 80),
+    "H100": (989, 80),
+    "H200": (989, 141),
+}
+ASSUMED = 0.4  # of the peak: a guess, and labelled as one
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """lanes: patched runs. batches: in which they are made. pairs: run together at a time.
+
+    flops: everything computed. useful_flops: the clean, corrupt and patched runs alone.
+    bound_flops: the least an exact trace needs. peak_bytes: on top of the model's weights, of which
+    cache_bytes are clean activations. clean: "cache", "leader", or both. seconds: None without a
+    calibration.
+    """
+
+    calls: int
+    lanes: int
+    pairs: int
+    batches: int
+    largest_batch: int
+    flops: int
+    useful_flops: int
+    bound_flops: int
+    plain_flops: int
+    peak_bytes: int
+    cache_bytes: int
+    clean: str
+    pruned_batches: int
+    shared_calls: int
+    seconds: float | None = None
+
+
+def predict(
+    lanes: Sequence[Sequence[Lane]],
+    denoiser: Denoiser,
+    options: Options,
+    *,
+    calls: int,
+    guided: bool,
+    linear: bool = True,
+    own_texts: bool = False,
+    itemsize: int = 4,
+    kept_latents: int = 1,
+) -> Prediction:
+    """lanes: of each pair, as the engine will be given them."""
+    chunks: list[Chunk] = []
+    start = 0
+    while start < len(lanes):
+        chunks.append(
+            arrange(
+                lanes[start:],
+                denoiser,
+                options,
+                calls=calls,
+                guided=guided,
+                linear=linear,
+                own_texts=own_texts,
+                itemsize=itemsize,
+            )
+        )
+        start += chunks[-1].pairs
+    cost = denoiser.cost
+    useful = sum(c.work.useful(cost, c.todo) for c in chunks)
+    least = sum(bound(cost, c.setting, c.pairs, c.todo) for c in chunks)
+    count_of = sum(len(c.todo) for c in chunks)
+    row = cost.whole * (2 if guided else 1)
+    plain = (count_of + 2 * len(lanes)) * calls * row
+    batches = [batch for c in chunks for batch in c.work.batches]
+    return Prediction(
+        calls=calls,
+        lanes=count_of,
+        pairs=max((c.pairs for c in chunks), default=0),
+        batches=len(batches),
+        largest_batch=max((batch.size for batch in batches), default=0),
+        flops=sum(c.work.flops(denoiser) for c in chunks),
+        useful_flops=useful,
+        bound_flops=least,
+        plain_flops=plain,
+        peak_bytes=max((memory_of(c, denoiser, itemsize) for c in chunks), default=0),
+        cache_bytes=max((c.cache_bytes for c in chunks), default=0),
+        clean=_clean(chunks),
+        pruned_batches=sum(batch.pruned is not None for batch in batches),
+        shared_calls=sum(len(c.work.stairs) for c in chunks),
+    )
+
+
+def _clean(chunks: Sequence[Chunk]) -> str:
+    kept = {len(c.setting.cached) < len(c.shapes) for c in chunks if c.setting.cached}
+    if not kept:
+        return "leader"
+    return "cache and leader" if True in kept else "cache"
+
+
+def memory_of(chunk: Chunk, denoiser: Denoiser, itemsize: int) -> int:
+    """Bytes a chunk takes at its peak: activations of its largest graph, tables, cache."""
+    setting, work = chunk.setting, chunk.work
+    rows = [2 * len(trunk) * setting.branches for trunk in work.trunks]
+    rows += [batch.size * setting.branches for batch in work.batches]
+    body = denoiser.body.at(max(rows))
+    active = peak_bytes(body)
+    slots = work.texts + (chunk.own_slots if setting.own_texts else 0)
+    text = sum(prod(shape) for shape in _row_shapes(denoiser.text)) * slots
+    step_rows = setting.calls * (slots if denoiser.step_reads_text else 1)
+    step = sum(prod(shape) for shape in _row_shapes(denoiser.step)) * step_rows
+    return active + (text + step) * itemsize + chunk.cache_bytes
+
+
+def _row_shapes(part: object) -> list[tuple[int, ...]]:
+    graph = part.small  # type: ignore[attr-defined]
+    output = next(n for n in graph.module.graph.nodes if n.op == "output")
+    return [tuple(node.meta["val"].shape[1:]) for node in output.args[0]]
+
+
+def calibrate(denoiser: Denoiser, rows: int, calls: int = 2) -> float:
+    """FLOP/s of the body at so many rows, on the device the weights are on."""
+    device = next(iter(denoiser.weights.values())).device
+    graph = denoiser.body.at(rows)
+    places = [n for n in graph.module.graph.nodes if n.op == "placeholder"]
+    values = dict(denoiser.weights)
+    for name, place in zip(graph.reads, places, strict=True):
+        if name not in values:
+            like = place.meta["val"]  # none: an index of each row
+            shape, dtype = ((rows,), torch.int64) if like is None else (like.shape, like.dtype)
+            values[name] = torch.zeros(shape, dtype=dtype, device=device)
+    with torch.no_grad():
+        graph(values)
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            graph(values)
+        _wait(device)
+    return calls * count(graph) / (time.perf_counter() - start)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,145 @@
+"""What a trace will take, from a plan or from an architecture's name alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from fasttrace.adapters.architectures import ARCHITECTURES, GUIDANCE, SCHEDULERS
+from fasttrace.adapters.pipeline import Model
+from fasttrace.adapters.scope import scope
+from fasttrace.adapters.selection import select_sites
+from fasttrace.adapters.unet import discover
+from fasttrace.engine.compiled import Denoiser, compile_denoiser, of_model
+from fasttrace.engine.options import Options
+from fasttrace.engine.predict import ASSUMED, DEVICES, Prediction, calibrate, predict
+from fasttrace.engine.schedule import read_schedule
+from fasttrace.errors import UsageError
+from fasttrace.plan.lanes import RUN, unet_lanes
+from fasttrace.plan.options import parse_branch
+from fasttrace.plan.plan import Plan
+from fasttrace.plan.windows import resolve_windows
+from fasttrace.rows import lanes_of
+from fasttrace.types import Lane
+
+
+def forecast_plan(
+    model: Model, plan: Plan, options: Options | None = None, *, measure: bool = True
+) -> Prediction:
+    """Of a plan of a loaded model. measure: time a few calls of its denoiser for `seconds`."""
+    options = options or Options()
+    sampling, first = plan.sampling, plan.probes[0]
+    groups = groupby(plan.rows, key=lambda row: (row.probe, row.seed))
+    lanes = [lanes_of(list(rows)) for _, rows in groups]
+    guided = model.guided(sampling)
+    scheduler = model.scheduler(sampling.steps)
+    step_options = model.step_options(scheduler, sampling.eta, None)
+    with scope(model.pipe):
+        text = model.text(first.prompt, first.negative_prompt, guided)
+        denoiser = of_model(model, sampling, text)
+        found = predict(
+            lanes,
+            denoiser,
+            options,
+            calls=plan.calls,
+            guided=guided,
+            linear=read_schedule(scheduler, step_options).linear,
+            own_texts=plan.component == "text_encoder",
+            itemsize=model.dtype.itemsize,
+        )
+        if not measure:
+            return found
+        rate = calibrate(denoiser, max(2, found.largest_batch) * (2 if guided else 1))
+    return replace(found, seconds=found.flops / rate)
+
+
+def forecast_architecture(
+    name: str,
+    *,
+    prompts: int = 24,
+    seeds: int = 1,
+    sites: str | Sequence[str] = "paper",
+    window: Any = None,
+    branch: str = "cond",
+    steps: int = 50,
+    guidance: float | None = None,
+    options: Options | None = None,
+    device: str | None = None,
+) -> Prediction:
+    """Of a UNet trace of a published architecture in 16 bits, without its weights.
+
+    device: one of `DEVICES`, whose data sheet then gives a rough `seconds`. Raises `UsageError` for
+    unknown names.
+    """
+    if device is not None and device not in DEVICES:
+        raise UsageError(f"Unknown device {device!r}; expected one of {', '.join(DEVICES)}.")
+    for what, number in (("prompts", prompts), ("seeds", seeds), ("steps", steps)):
+        if number < 1:
+            raise UsageError(f"{number} {what} were asked for; at least 1 is needed.")
+    guidance = GUIDANCE.get(name, 7.5) if guidance is None else guidance
+    guided = guidance > 1
+    calls = steps + (SCHEDULERS[name] == "PNDM")
+    unet, denoiser = architecture(name)
+    side = unet.config.sample_size
+    layout = discover(unet, side, side, 77)
+    lanes: list[Lane] = [
+        lane
+        for lane, status in unet_lanes(
+            select_sites(layout.sites, sites),
+            parse_branch(branch, guided),
+            resolve_windows(window, calls),
+            calls,
+            layout,
+            pooled=unet.config.addition_embed_type == "text_time",
+        )
+        if status == RUN
+    ]
+    found = predict(
+        [lanes] * (prompts * seeds),
+        denoiser,
+        options or Options(),
+        calls=calls,
+        guided=guided,
+        itemsize=2,
+    )
+    if device is None:
+        return found
+    return replace(found, seconds=found.flops / (ASSUMED * DEVICES[device][0] * 1e12))
+
+
+def architecture(name: str) -> tuple[Any, Denoiser]:
+    """A published UNet on the meta device, compiled from shapes alone. `UsageError` if unknown."""
+    from diffusers import UNet2DConditionModel
+
+    if name not in ARCHITECTURES:
+        raise UsageError(f"Unknown architecture {name!r}; known: {', '.join(ARCHITECTURES)}.")
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel(**ARCHITECTURES[name]["unet"]).half().eval()
+    config = unet.config
+    side = config.sample_size
+
+    def empty(*shape: int, dtype: torch.dtype = torch.half) -> torch.Tensor:
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    def inputs(rows: int) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "sample": empty(rows, config.in_channels, side, side),
+            "timestep": empty(rows, dtype=torch.int64),
+            "encoder_hidden_states": empty(rows, 77, config.cross_attention_dim),
+            "return_dict": False,
+        }
+        if config.addition_embed_type == "text_time":
+            pooled = (
+                config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            )
+            found["added_cond_kwargs"] = {
+                "text_embeds": empty(rows, pooled),
+                "time_ids": empty(rows, 6),
+            }
+        return found
+
+    return unet, compile_denoiser(unet, inputs, torch.device("cpu"))

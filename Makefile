@@ -16,12 +16,13 @@ INSTALL := $(PIP) install -qq $(PIP_ARGS)
 export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help venv demo demo-full test lint format types clean FORCE
+.PHONY: help venv demo demo-full bench test lint format types clean FORCE
 
 help:
 	@echo "make demo       trace the bundled model and write a report to demo-out/"
 	@echo "make demo-full  the same with every site, prompt and seed"
 	@echo "make test       run the tests         make lint types   check style and types"
+	@echo "make bench      whole sweeps side by side; an hour or two, on an idle machine"
 	@echo "make format     apply the style       make clean        remove what make made"
 
 venv: $(VENV)/.installed
@@ -54,6 +55,9 @@ demo: venv
 
 demo-full: venv
 	$(BIN)/fasttrace demo --out demo-out --full
+
+bench: venv
+	$(BIN)/python bench/sweeps.py
 
 test: venv
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

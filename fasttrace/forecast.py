@@ -32,6 +32,7 @@ def forecast_plan(
 ) -> Prediction:
     """Of a plan of a loaded model. measure: time a few calls of its denoiser for `seconds`."""
     options = options or Options()
+    pairs = dict.fromkeys((row.probe, row.seed) for row in plan.rows)
     sampling, first = plan.sampling, plan.probes[0]
     groups = groupby(plan.rows, key=lambda row: (row.probe, row.seed))
     lanes = [lanes_of(list(rows)) for _, rows in groups]
@@ -50,6 +51,7 @@ def forecast_plan(
             linear=read_schedule(scheduler, step_options).linear,
             own_texts=plan.component == "text_encoder",
             itemsize=model.dtype.itemsize,
+            negatives=[plan.probes[probe].negative_prompt for probe, _ in pairs],
         )
         if not measure:
             return found
@@ -82,14 +84,14 @@ def forecast_architecture(
             raise UsageError(f"{number} {what} were asked for; at least 1 is needed.")
     guidance = GUIDANCE.get(name, 7.5) if guidance is None else guidance
     guided = guidance > 1
-    calls = steps + (SCHEDULERS[name] == "PNDM")
     unet, denoiser = architecture(name)
+    calls = steps + (SCHEDULERS[name] == "PNDM")
     side = unet.config.sample_size
     layout = discover(unet, side, side, 77)
     lanes: list[Lane] = [
         lane
         for lane, status in unet_lanes(
-            select_sites(layout.sites, sites),
+            select_sites(layout.every, sites),
             parse_branch(branch, guided),
             resolve_windows(window, calls),
             calls,
@@ -108,7 +110,7 @@ def forecast_architecture(
     )
     if device is None:
         return found
-    return replace(found, seconds=found.flops / (ASSUMED * DEVICES[device][0] * 1e12))
+    return replace(found, seconds=found.flops / (ASSUMED * DEVICES[device] * 1e12))
 
 
 def architecture(name: str) -> tuple[Any, Denoiser]:

@@ -51,7 +51,7 @@ class Planner:
         if component == "text_encoder":
             return select_sites([s for e in self.model.encoders for s in e.sites()], sites)
         layout = self._layout(self.model.default("height"), self.model.default("width"))
-        return select_sites(layout.sites, sites)
+        return select_sites(layout.every, sites)
 
     def plan(
         self,
@@ -76,7 +76,8 @@ class Planner:
         """Everything the trace will ask, before anything heavy runs; `UsageError` on bad input.
 
         probes: the captions; their subjects must be in them.
-        sites: "paper" (the default set), "all attn2" or "attn2" (a kind), names, aliases, globs.
+        sites: "paper" (the default set), "all attn2" or "attn2" (a kind), names, aliases, globs;
+            "transformer" and "block" (up and middle) are kinds beyond the default set.
         tokens: text-encoder tracing only: "default", or of "subject", "last subject", "later",
             "EOS", "padding", "earlier" and positions.
         seeds: a count (0 .. n-1), the seeds themselves, or a mapping of each probe to its own; None
@@ -127,7 +128,7 @@ class Planner:
                 return text_lanes(self.model, probe, chosen, tokens, resolved)
         else:
             layout = self._layout(sampling.height, sampling.width)
-            chosen = select_sites(layout.sites, sites)
+            chosen = select_sites(layout.every, sites)
             pooled = self.model.two_texts
             unet = unet_lanes(chosen, found, windows, calls, layout, pooled=pooled)
 

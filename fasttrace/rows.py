@@ -17,7 +17,7 @@ from fasttrace.errors import ModelError
 from fasttrace.plan.plan import Plan, PlannedRow
 from fasttrace.types import Lane, Metric, MetricContext, Probe, Row, pair_pictures
 
-PORTION = 16  # pictures decoded at a time
+PORTION = 1 << 20  # pixels decoded at a time: one picture of 1024 x 1024, many small ones
 Pictures = dict[str, Tensor]  # name (no suffix) -> float picture [3, H, W] in [0, 1] on the CPU
 
 
@@ -184,11 +184,14 @@ class PairRows:
     started: bool = False
 
     def __post_init__(self) -> None:
-        self.lanes = {str(i): lane for i, lane in enumerate(lanes_of(self.planned))}
+        numbers = {lane: str(i) for i, lane in enumerate(lanes_of(self.planned))}
+        self.of_run: dict[str, list[PlannedRow]] = {}
+        for row in self.planned:
+            if row.status == "run":
+                self.of_run.setdefault(numbers[row.lane], []).append(row)
 
     def after(self, runs: Sequence[str]) -> Iterator[tuple[Row, Pictures]]:
         """Rows that can be written now that `runs` have been scored."""
-        wanted = [self.lanes[run] for run in runs if run in self.lanes]
         scorer = self.writer.scorer
         if not self.started and CORRUPT in scorer.scores and scorer.floor:
             self.started = True
@@ -196,10 +199,8 @@ class PairRows:
                 if row.status != "run":
                     yield self._row(row, CORRUPT)
         for run in runs:
-            lane = self.lanes.get(run)
-            for row in self.planned if lane in wanted else ():
-                if row.status == "run" and row.lane == lane:
-                    yield self._row(row, run)
+            for row in self.of_run.get(run, ()):
+                yield self._row(row, run)
             scorer.forget(run)
 
     def _row(self, planned: PlannedRow, run: str) -> tuple[Row, Pictures]:
@@ -252,7 +253,9 @@ def _decoded(model: Model, pairs: Sequence[PairRows], finished: Finished) -> Ten
     writer = pairs[0].writer
     if not writer.keep_pictures and all(m.needs == "latent" for m in writer.plan.metrics):
         return None
-    return torch.cat([model.decode(part) for part in finished.latents.split(PORTION)])
+    sampling = writer.plan.sampling
+    at_once = max(1, PORTION // (sampling.height * sampling.width))
+    return torch.cat([model.decode(part) for part in finished.latents.split(at_once)])
 
 
 def lanes_of(planned: Sequence[PlannedRow]) -> tuple[Lane, ...]:

@@ -101,9 +101,13 @@ class Tracer(Planner):
     def forecast(
         self, plan: Plan, options: Options | None = None, *, measure: bool = True
     ) -> Prediction:
-        """FLOPs, memory and time of a plan on the fast engine; `measure` times a few calls."""
+        """FLOPs, memory and time of a plan on the fast engine; `measure` times a few calls.
+
+        options: the engine's own where not given.
+        """
         from fasttrace.forecast import forecast_plan
 
+        options = options or getattr(self.engine, "options", None)
         return forecast_plan(self.model, plan, options, measure=measure)
 
     def trace(

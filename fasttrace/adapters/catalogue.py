@@ -71,7 +71,7 @@ def unet_sites(config: dict[str, Any], window: int) -> list[Site]:
         height, width = (size, size) if isinstance(size, int) else size
     except Exception as error:
         raise ModelError(f"No UNet can be built from its configuration: {error}.") from error
-    return list(discover(unet, height, width, window).sites)
+    return list(discover(unet, height, width, window).every)
 
 
 def encoder_sites(configs: dict[str, dict[str, Any]]) -> list[Site]:

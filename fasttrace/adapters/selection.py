@@ -10,14 +10,16 @@ from fasttrace.errors import UsageError
 from fasttrace.types import Site
 
 EVERY = ("paper", "all")
+BEYOND = ("transformer", "block")  # kinds that "paper" leaves out
 
 
 def select_sites(known: Sequence[Site], wanted: str | Sequence[str]) -> list[Site]:
     """The wanted sites in execution order, each once.
 
-    `wanted`: "paper" or "all" (every known site), a kind ("attn2", "all attn2"), a site's name with
-    or without its component, a paper alias, a glob ("unet.mid_block.*"), or a list of these. Raises
-    `UsageError` for words that match nothing, with close matches.
+    `wanted`: "paper" (the default set), "all" (every known site), a kind ("attn2", "all attn2"), a
+    site's name with or without its component, a paper alias, a glob ("unet.mid_block.*", of the
+    default set where that has one), or a list of these. Raises `UsageError` for words that match
+    nothing, with close matches.
     """
     words = [wanted] if isinstance(wanted, str) else list(wanted)
     if not words:
@@ -37,10 +39,11 @@ def _matching(known: Sequence[Site], word: str) -> list[Site]:
     kind = text.removeprefix("all ").strip()
     kinds = list(dict.fromkeys(s.kind for s in known))
     if text in EVERY:
-        return list(known)
+        return [s for s in known if text == "all" or s.kind not in BEYOND]
     found = [s for s in known if s.kind == kind]
     found = found or [s for s in known if text in _names(s)]
-    found = found or [s for s in known if any(fnmatchcase(n, text) for n in _names(s))]
+    matched = [s for s in known if any(fnmatchcase(n, text) for n in _names(s))]
+    found = found or [s for s in matched if s.kind not in BEYOND] or matched
     if found:
         return found
     if text.startswith("all "):

@@ -15,26 +15,40 @@ from fasttrace.errors import ModelError
 from fasttrace.types import Site
 
 KINDS = ("resnet", "attn1", "attn2", "ff")
-_SITE = re.compile(r"(?:^|\.)(?:resnets\.\d+|attn1|attn2|ff)$")
+WHOLE = {"attentions": "transformer", "up_blocks": "block"}  # parent -> kind of its members
+_SITE = re.compile(
+    r"(?:^|\.)(?:resnets\.\d+|attn1|attn2|ff|attentions\.\d+|up_blocks\.\d+|mid_block)$"
+)
 _WORDS = {"attn1": "self-attn", "attn2": "cross-attn", "ff": "ff"}
 
 
 @dataclass(frozen=True)
 class UnetSites:
-    """The default set in execution order, and which of them read the text embedding directly."""
+    """The default set in execution order, and which of them read the text embedding directly.
+
+    whole: transformers and up and middle blocks as single sites (their index comes behind). Down
+    blocks are none: they also give skips, which a site's output does not hold.
+    """
 
     sites: tuple[Site, ...]
     text_fed: frozenset[str]
+    whole: tuple[Site, ...] = ()
+
+    @property
+    def every(self) -> tuple[Site, ...]:
+        return self.sites + self.whole
 
 
 def site_modules(unet: nn.Module) -> dict[str, nn.Module]:
-    """Modules of the default set by site name, in registration (not execution) order."""
+    """Modules of all sites by name, in registration (not execution) order."""
     return {f"unet.{path}": m for path, m in unet.named_modules() if _SITE.search(path)}
 
 
 def kind_of(path: str) -> str:
-    tail = path.rsplit(".", 1)[-1]
-    return "resnet" if tail.isdigit() else tail
+    parent, _, tail = path.rpartition(".")
+    if tail.isdigit():
+        return WHOLE.get(parent.rpartition(".")[2], "resnet")
+    return "block" if tail == "mid_block" else tail
 
 
 def discover(unet: Any, height: int, width: int, tokens: int) -> UnetSites:
@@ -51,7 +65,7 @@ def discover(unet: Any, height: int, width: int, tokens: int) -> UnetSites:
     def note(name: str) -> Any:
         def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
             seen[name] = tuple(tensor_of(output).shape[1:])
-            if kwargs.get("encoder_hidden_states") is not None:
+            if kwargs.get("encoder_hidden_states") is not None and kind_of(name) in KINDS:
                 fed.add(name)
 
         return hook
@@ -69,15 +83,18 @@ def discover(unet: Any, height: int, width: int, tokens: int) -> UnetSites:
     finally:
         for handle in handles:
             handle.remove()
-    if not seen:
+    if not any(kind_of(name) in KINDS for name in seen):
         raise ModelError(
             "The UNet has none of the sites fasttrace knows (resnets, attn1, attn2, ff)."
         )
+    # The default set first: the others' indices come behind it.
+    names = sorted(seen, key=lambda name: kind_of(name) not in KINDS)
     found = [
-        Site(name=name, kind=kind_of(name), component="unet", index=i, shape=shape)
-        for i, (name, shape) in enumerate(seen.items())
+        Site(name=name, kind=kind_of(name), component="unet", index=i, shape=seen[name])
+        for i, name in enumerate(names)
     ]
-    return UnetSites(tuple(with_aliases(found)), frozenset(fed))
+    own = [site for site in found if site.kind in KINDS]
+    return UnetSites(tuple(with_aliases(own)), frozenset(fed), tuple(found[len(own) :]))
 
 
 def with_aliases(sites: list[Site]) -> list[Site]:

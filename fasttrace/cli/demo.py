@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from fasttrace.store.probes import ProbeEntry
 
 NAME = "demo"
-PROMPTS = 3  # of each attribute, one seed: minutes on two cores
+PROMPTS = 5  # of each attribute, one seed: enough for intervals, minutes on two cores
 TOKENS: list[str | int] = ["last subject", "EOS", "padding"]
-STEPS = 8
 TOP = 5
 
 
@@ -57,7 +56,7 @@ def command(
         windows=None,
         branch="cond",
         metrics=[],
-        sampling={"steps": None if full else STEPS},
+        sampling={"steps": None},
         dtype="float32",
         device="cpu",
         shard=Shard(),

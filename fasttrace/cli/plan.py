@@ -14,7 +14,6 @@ from fasttrace.cli.options import (
     Components,
     Json,
     Lanes,
-    Quiet,
     Sites,
     parse_components,
     parse_windows,
@@ -53,7 +52,6 @@ def command(
     gpu: Annotated[
         str | None, typer.Option(help="For an estimate on paper: A100, H100, RTX 4090, ...")
     ] = None,
-    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Say how many runs a trace makes, in which batches, with how much work, memory and time."""
@@ -68,6 +66,9 @@ def command(
             raise UsageError(f"--budget {budget} is not a positive number of GiB.")
         chosen["budget"] = int(budget * 2**30)
     options = Options(**chosen)
+    for name, number in (("--prompts", prompts), ("--seeds", seeds)):
+        if number < 1:
+            raise UsageError(f"{name} {number} leaves nothing to plan: give 1 or more.")
     components = parse_components(component or ["unet"])
     words = parse_words(sites or ["paper"], "--sites")
     windows = parse_windows(window or [])
@@ -88,7 +89,7 @@ def command(
                 sites=words,
                 window=windows,
                 branch=branch,
-                steps=steps or 50,
+                steps=50 if steps is None else steps,
                 guidance=guidance,
                 options=options,
                 device=gpu,
@@ -124,7 +125,7 @@ def _of_model(
     from importlib.resources import as_file, files
 
     from fasttrace import Tracer, load
-    from fasttrace.cli.sweep import quiet_libraries
+    from fasttrace.cli.sweep import quiet_libraries, sites_for
     from fasttrace.store.probes import read_probes
 
     quiet_libraries()
@@ -134,13 +135,16 @@ def _of_model(
     else:
         name = "probes.json" if tracer.name == "embedded" else "probes-real-models.json"
         with as_file(files("fasttrace.embedded") / name) as path:
-            entries = read_probes(path)[:prompts]
-    captions = [entry.probe() for entry in entries]
+            entries = [e.model_copy(update={"seeds": None}) for e in read_probes(path)[:prompts]]
+    chosen = {entry.probe(): entry.seeds or list(range(seeds)) for entry in entries}
     found = {}
     for component in components:
         extra = {} if component == "text_encoder" else {"window": windows}
         kept = {k: v for k, v in sampling.items() if component == "unet" or k != "branch"}
-        plan = tracer.plan(captions, component=component, sites=sites, seeds=seeds, **kept, **extra)
+        words = sites_for(tracer, component, components, sites)
+        plan = tracer.plan(
+            list(chosen), component=component, sites=words, seeds=chosen, **kept, **extra
+        )
         found[component] = tracer.forecast(plan, options)
     return found
 
@@ -173,7 +177,7 @@ def describe(name: str, found: Prediction, *, on_paper: str | None = None) -> li
 
 def _clean(found: Prediction) -> str:
     if found.clean == "leader":
-        return "read from a leader lane in every batch: a record would not fit --budget"
+        return "nothing recorded: what lanes read is a lane of their own batch"
     kept = f"{_bytes(found.cache_bytes)} recorded once"
     if found.clean == "cache":
         return kept

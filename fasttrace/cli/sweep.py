@@ -137,7 +137,7 @@ def make_plans(tracer: Tracer, request: Request, before: Manifest | None) -> lis
             tracer.plan(
                 list(request.probes),
                 component=component,
-                sites=_sites_for(tracer, component, request),
+                sites=sites_for(tracer, component, request.components, request.sites),
                 seeds=request.probes,
                 corruption=corruption,
                 metric=request.metrics or None,
@@ -148,17 +148,17 @@ def make_plans(tracer: Tracer, request: Request, before: Manifest | None) -> lis
     return plans
 
 
-def _sites_for(tracer: Tracer, component: str, request: Request) -> list[str]:
+def sites_for(tracer: Tracer, component: str, components: list[str], sites: list[str]) -> list[str]:
     """With several components each takes the words that mean something in it."""
-    if len(request.components) == 1 or request.sites == ["paper"]:
-        return request.sites
-    for word in request.sites:
-        if not any(_means_sites(tracer, part, word) for part in request.components):
+    if len(components) == 1 or sites == ["paper"]:
+        return sites
+    for word in sites:
+        if not any(_means_sites(tracer, part, word) for part in components):
             tracer.sites(component, word)  # refuses it and names what it may have meant
-    found = [word for word in request.sites if _means_sites(tracer, component, word)]
+    found = [word for word in sites if _means_sites(tracer, component, word)]
     if not found:
         raise UsageError(
-            f"--sites {','.join(request.sites)} names nothing of {component}: add a site of it, or "
+            f"--sites {','.join(sites)} names nothing of {component}: add a site of it, or "
             "leave it out of --component."
         )
     return found

@@ -9,7 +9,7 @@ from fasttrace.engine.cache import size_of
 from fasttrace.engine.compiled import Denoiser
 from fasttrace.engine.options import Options
 from fasttrace.engine.work import Setting, Todo, Work, plan_work, todo_of
-from fasttrace.errors import ModelError
+from fasttrace.errors import ModelError, UsageError
 from fasttrace.types import Lane, Patch
 
 _BOTH = ("uncond", "cond")
@@ -49,14 +49,17 @@ def arrange(
     linear: bool,
     own_texts: bool,
     itemsize: int,
-    uncond_texts: int = 1,
+    negatives: Sequence[str] | None = None,
 ) -> Chunk:
     """lanes: of each pair. linear: whether the schedule is a weighted sum. itemsize: bytes.
+
+    negatives: each pair's negative prompt, to count texts; None is one for all.
 
     Raises `ModelError` for a patch whose window lies outside the run.
     """
     patches = [] if own_texts else [p for own in lanes for lane in own for p in lane.patches]
-    _check(patches, calls)
+    _check(patches, calls, denoiser)
+    _check_lanes([] if own_texts else [lane for own in lanes for lane in own])
     read = [p for p in patches if not p.source.startswith("text:")]
     sources = sorted({(p.source, branch) for p in read for branch in branches_of(p, guided)})
     asked = {p.site.name: p.site.shape for p in read}
@@ -71,12 +74,12 @@ def arrange(
             guided=guided,
             lanes=options.lanes,
             cached=frozenset(kept),
-            shared=linear and options.sharing,
+            shared=linear and options.sharing and denoiser.shareable,
             pruning=linear and options.pruning,
             own_texts=own_texts,
         )
         todo = todo_of(lanes[:pairs], setting)
-        texts = uncond_texts + 2 * pairs
+        texts = 2 * pairs + guided * len(set((negatives or [""])[:pairs]))
         work = plan_work(todo, pairs, setting, denoiser.cost, list(shapes), texts)
         taken = size_of(kept, 1 + pairs * len(sources), calls, itemsize)
         return Chunk(pairs, setting, todo, work, sources, shapes, taken)
@@ -104,11 +107,29 @@ def branches_of(patch: Patch, guided: bool) -> tuple[str, ...]:
     return _BOTH if patch.selector.branch == "both" else (patch.selector.branch,)
 
 
-def _check(patches: Sequence[Patch], calls: int) -> None:
+def _check(patches: Sequence[Patch], calls: int, denoiser: Denoiser) -> None:
+    """Every patch reaches a tensor, and asks what the reference engine would do as well."""
+    text_fed = {mark.rpartition(".")[0] for mark in denoiser.keys.values()}
     for patch in patches:
+        site, of_text = patch.site.name, patch.source.startswith("text:")
         start, stop = patch.selector.window or (0, calls)
-        if not 0 <= start < min(stop, calls):
+        if site not in denoiser.marks or (of_text and site not in text_fed):
+            what = "reads no text" if site in denoiser.marks else "is no place of this denoiser"
+            raise ModelError(f"The patch at {site} reached no tensor: it {what}.")
+        if not 0 <= start < stop <= calls:
             raise ModelError(
-                f"The patch at {patch.site.name} reached no tensor in calls ({start}, {stop}): "
-                f"a run has {calls} calls."
+                f"The patch at {site} reached no tensor in calls ({start}, {stop}): a run has "
+                f"{calls} calls."
+            )
+        if patch.selector.tokens is not None or (of_text and patch.strength != 1):
+            what = "tokens of a UNet site" if patch.selector.tokens else "part of another text"
+            raise UsageError(f"The fast engine doesn't patch {what}; use the reference engine.")
+
+
+def _check_lanes(lanes: Sequence[Lane]) -> None:
+    for lane in lanes:
+        places = [patch.site.name for patch in lane.patches]
+        if len(set(places)) != len(places):
+            raise UsageError(
+                "The fast engine takes one patch a site in a lane; use the reference engine."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,11 @@ from fasttrace.engine.graph.capture import Graph, capture, flatten, tensors_of
 from fasttrace.engine.graph.marks import Mark
 from fasttrace.engine.graph.partition import partition, with_tables
 from fasttrace.engine.graph.prune import Cost, cost_of
+from fasttrace.engine.graph.stairs import stairs
+from fasttrace.errors import ModelError
 from fasttrace.types import Sampling
+
+_log = logging.getLogger(__name__)
 
 PORTION = 16  # texts, or calls, that the once-a-text and once-a-call parts take at a time
 
@@ -38,8 +43,7 @@ class Denoiser:
     marks: Mapping[str, Mark]
     latent: tuple[int, ...]
     inputs: tuple[str, ...]  # tensors it reads, by their flattened names
-    removed: int  # exact no-ops that are gone
-    ops: int  # of the captured graph
+    shareable: bool  # whether rows can join on the way: all tensors have them on their first axis
     cost: Cost
     text_cost: int
     step_cost: int
@@ -74,12 +78,21 @@ def compile_denoiser(
         marks={mark.name: mark for mark in captured.small.marks},
         latent=tuple(given["sample"].shape[1:]),
         inputs=tuple(given),
-        removed=sum(small.removed.values()),
-        ops=captured.small.size,
+        shareable=_shareable(body),
         cost=cost_of(body),
         text_cost=_each(text),
         step_cost=_each(step),
     )
+
+
+def _shareable(body: AnyRows) -> bool:
+    sites = [mark.name for mark in body.small.marks if mark.kind == "output"]
+    try:
+        stairs(body, 2, dict.fromkeys(sites, 1))
+    except ModelError:
+        _log.warning("this attention keeps rows on other axes, so first calls are not shared")
+        return False
+    return True
 
 
 def of_model(model: Model, sampling: Sampling, example: Text) -> Denoiser:
@@ -117,6 +130,7 @@ class Tables:
     def set_schedule(self, timesteps: Tensor) -> None:
         """timesteps [calls]. To be called before texts are set, and anew at every run."""
         self._timesteps = timesteps.to(self.device)
+        self._timestep_cond = None
         if not self.denoiser.step_reads_text and "timestep_cond" not in self.denoiser.inputs:
             self._fill_steps(torch.arange(self.calls, device=self.device), {})
 
@@ -130,7 +144,8 @@ class Tables:
             raise ValueError(f"{start + count_of} texts, but {self.slots} slots.")
         self._fill(self.text_part, self.text, given, torch.arange(start, start + count_of))
         denoiser = self.denoiser
-        if "timestep_cond" in given:  # of the guidance: the same in all rows
+        new_cond = "timestep_cond" in given and self._timestep_cond is None
+        if new_cond:  # of the guidance: the same in all rows of a run
             self._timestep_cond = given["timestep_cond"][:1]
         if denoiser.step_reads_text:
             calls = torch.arange(self.calls, device=self.device).repeat_interleave(count_of)
@@ -138,7 +153,7 @@ class Tables:
             read = self.step_part.reads
             of_text = {name: table[slots] for name, table in self.text.items() if name in read}
             self._fill_steps(calls, of_text, rows=calls * self.slots + slots)
-        elif self._timestep_cond is not None:
+        elif new_cond:
             self._fill_steps(torch.arange(self.calls, device=self.device), {})
 
     def rows(self, call: int | Tensor, slots: Tensor) -> Tensor:

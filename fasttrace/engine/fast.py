@@ -21,6 +21,7 @@ class FastEngine:
     def __init__(self, model: Model, **options: Any) -> None:
         self.options = Options(**options)
         self.workshop = Workshop(model, self.options)
+        self._busy = False
 
     @property
     def at_once(self) -> int:
@@ -32,11 +33,23 @@ class FastEngine:
         return self.workshop.executed
 
     def run(self, pairs: Sequence[Pair]) -> Iterator[Finished]:
-        self.workshop.renew()
-        start = 0
-        while start < len(pairs):
-            job = Job(self.workshop, pairs[start:])
-            for finished in job.run():
-                runs = tuple((start + pair, run) for pair, run in finished.runs)
-                yield replace(finished, runs=runs)
-            start += len(job.pairs)
+        if self._busy:
+            # Another run is suspended, and its tables and cache must stay as they are.
+            other = FastEngine(self.workshop.model, **vars(self.options))
+            try:
+                yield from other.run(pairs)
+            finally:
+                self.workshop.stepped += other.executed
+            return
+        self._busy = True
+        try:
+            self.workshop.renew()
+            start = 0
+            while start < len(pairs):
+                job = Job(self.workshop, pairs[start:])
+                for finished in job.run():
+                    runs = tuple((start + pair, run) for pair, run in finished.runs)
+                    yield replace(finished, runs=runs)
+                start += len(job.pairs)
+        finally:
+            self._busy = False

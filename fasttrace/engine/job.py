@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from fasttrace.engine.step import FULL, PRUNED, Shape, Step
 from fasttrace.engine.texts import Texts
 from fasttrace.engine.work import FLOOR_LANES, Batch, Stairs, batches_of
 from fasttrace.engine.workshop import Workshop
-from fasttrace.errors import ModelError
+from fasttrace.errors import ModelError, UsageError
 from fasttrace.types import Patch
 
 _log = logging.getLogger(__name__)
@@ -38,25 +38,26 @@ class Trunk:
     """What the clean and corrupt runs carried into the calls that lanes begin at.
 
     states: call -> [kept, 2 P, C, h, w], clean and corrupt of each pair in turn. uncond: the
-    unconditional predictions made there. final [2 P, C, h, w].
+    unconditional predictions made there.
     """
 
     states: dict[int, Tensor]
     uncond: dict[int, Tensor]
-    final: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Shared:
-    """What batches begin from. states [kept, 1, C, h, w]: of lanes whose first call is made.
+    """What batches begin from. waiting: shared calls still to be made; climbed: lanes past theirs.
 
-    copies: call -> states of corrupt copies that went through the same first call.
+    states [kept, 1, C, h, w]: of lanes whose first call is made. copies: call -> states of corrupt
+    copies that went through the same first call.
     """
 
     trunk: Trunk
-    states: dict[tuple[int, int], Tensor]
-    copies: dict[int, list[Tensor]]
-    finished: list[Finished]
+    waiting: list[Stairs]
+    climbed: set[tuple[int, int]] = field(default_factory=set)
+    states: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    copies: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
 class Job:
@@ -66,6 +67,8 @@ class Job:
         self.workshop, self.options, self.model = workshop, workshop.options, workshop.model
         first = pairs[0]
         model, self.sampling = self.model, first.sampling
+        if any(pair.sampling != self.sampling for pair in pairs):
+            raise UsageError("Pairs that run together have one sampling; these have several.")
         self.guided = model.guided(self.sampling)
         self.scheduler = model.scheduler(self.sampling.steps)
         options = model.step_options(self.scheduler, self.sampling.eta, first.start.generator())
@@ -77,58 +80,63 @@ class Job:
 
     def _arrange(self, pairs: Sequence[Pair]) -> None:
         """Decide what runs; for all of `pairs`, or as many first ones as memory holds."""
-        self.chunk = arrange(
+        self.chunk = chunk = arrange(
             [pair.lanes for pair in pairs],
             self.denoiser,
-            replace(self.options, lanes=self.workshop.lanes),
+            replace(self.options, lanes=self.workshop.lanes, budget=self.workshop.budget),
             calls=self.calls,
             guided=self.guided,
             linear=self.schedule.linear,
             own_texts=self.of_text,
             itemsize=self.model.dtype.itemsize,
         )
-        chunk = self.chunk
         self.pairs = list(pairs[: chunk.pairs])
         self.texts = Texts(self.model, self.sampling, self.pairs)
         self.work = replace(chunk.work, texts=self.texts.shared)
         self.setting, self.todo, self.sources = chunk.setting, chunk.todo, chunk.sources
         self.shapes = chunk.shapes
         self.cached = tuple(site for site in chunk.shapes if site in chunk.setting.cached)
-        own = chunk.own_slots if self.of_text else 0
-        slots = -(-(self.texts.shared + own) // 8) * 8
-        self.tables = self.workshop.tables(self.denoiser, slots, self.calls)
 
     def run(self) -> Iterator[Finished]:
         """Everything, in smaller batches where memory doesn't hold them."""
-        filled = self.tables.flops
         while True:
             try:
-                shared = self._shared()
+                own = self.chunk.own_slots if self.of_text else 0
+                slots = self.texts.shared + own
+                self.tables = self.workshop.tables(self.denoiser, slots, self.calls)
+                shared, finished = self._begin()
                 break
             except ERRORS as error:
                 self._halve(error)
-                self._arrange(self.pairs)
-        yield from shared.finished
+                # What failed may have been the cache or the tables.
+                self.workshop.budget //= 2
+                self._arrange(self.pairs[: max(1, len(self.pairs) // 2)])
+        yield from finished
         left = list(self.work.batches)
-        while left:
+        while left or shared.waiting:
             try:
-                finished = self._run_batch(left[0], shared)
+                climbed = self._climb_before(left, shared)
+                if climbed is not None:
+                    yield from climbed
+                    continue
+                done = self._run_batch(left[0], shared)
             except ERRORS as error:
                 self._halve(error)
                 keys = {key for batch in left for key in batch.lanes}
                 todo = [lane for lane in self.todo if lane.key in keys]
-                cost = self.denoiser.cost
-                left = batches_of(todo, shared.states, self.setting, cost)
+                shared_first = shared.climbed | {key for s in shared.waiting for key in s.keys}
+                left = batches_of(todo, shared_first, self.setting, self.denoiser.cost)
+                shared.waiting = [part for s in shared.waiting for part in s.halves(self.setting)]
                 continue
-            yield finished
+            yield done
             for key in left.pop(0).lanes:
                 shared.states.pop(key, None)
-        self.workshop.executed += self.tables.flops - filled
 
     def _halve(self, error: Exception) -> None:
         """After a failed allocation. Raises `ModelError` where batches are as small as they get."""
         if not _is_allocation(error):
             raise error
+        error.__traceback__ = None  # it holds the failed call's tensors
         lanes = self.setting.lanes // 2
         if lanes < SMALLEST:
             raise ModelError(
@@ -141,8 +149,8 @@ class Job:
         self.workshop.forget_steps()
 
     @torch.no_grad()
-    def _shared(self) -> Shared:
-        """The clean and corrupt runs, the copies beside them, and the calls that lanes share."""
+    def _begin(self) -> tuple[Shared, list[Finished]]:
+        """The clean and corrupt runs and the copies beside them."""
         self.start = [pair.start.latents * self.scheduler.init_noise_sigma for pair in self.pairs]
         starts = zip(self.pairs, self.start, strict=True)
         self.noise = [self._noise(pair, start) for pair, start in starts]
@@ -151,33 +159,42 @@ class Job:
         self.cache = None
         if self.cached:
             rows = self._kept_at(len(self.pairs), 0)
-            self.cache = self.workshop.kept(
-                ("cache", rows, self.cached, self.calls), lambda: self._make_cache(rows)
-            )
-        trunk = self._trunk()
+            key = (rows, self.cached, self.calls)
+            self.cache = self.workshop.cache(key, lambda: self._make_cache(rows))
+        trunk, final = self._trunk()
         ends: list[Run] = [(p, run) for p in range(len(self.pairs)) for run in (CLEAN, CORRUPT)]
-        finished = [
-            Finished(tuple(ends), trunk.final),
-            Finished(((0, FLOOR),) * FLOOR_LANES, self._floor()),
-        ]
-        states: dict[tuple[int, int], Tensor] = {}
-        copies: dict[int, list[Tensor]] = {}
-        for stairs in self.work.stairs:
-            found, copied = self._climb(stairs, trunk)
-            states |= found
-            if stairs.pair == 0:
-                copies.setdefault(stairs.call + 1, copied)
-        over = [t.key for t in self.todo if t.opening + (t.key in states) >= self.calls]
-        if over:
-            last = copies.get(self.calls, [])
-            runs: list[Run] = [(0, FLOOR)] * len(last) + list(over)
-            latents = torch.cat([state[0] for state in (*last, *map(states.__getitem__, over))])
-            finished.append(Finished(tuple(runs), self._checked(latents, runs)))
-        return Shared(trunk, states, copies, finished)
+        copies: list[Run] = [(0, FLOOR)] * FLOOR_LANES
+        finished = [Finished(tuple(ends), final), Finished(tuple(copies), self._floor())]
+        return Shared(trunk, list(self.work.stairs)), finished
+
+    @torch.no_grad()
+    def _climb_before(self, batches: Sequence[Batch], shared: Shared) -> list[Finished] | None:
+        """The shared calls that the next batch begins after, and lanes that have ended with one.
+
+        None where nothing is to be shared before it. Only one call's states are kept at a time.
+        """
+        start = batches[0].start if batches else self.calls
+        due = [s for s in shared.waiting if s.call < start]
+        if not due:
+            return None
+        finished = []
+        for stairs in due:
+            found, copies = self._climb(stairs, shared.trunk)
+            shared.climbed |= found.keys()
+            first = shared.copies.setdefault(stairs.call + 1, copies if stairs.pair == 0 else [])
+            if stairs.call + 1 < self.calls:
+                shared.states |= found
+            else:
+                last = copies if stairs.pair == 0 and first is copies else []
+                runs: list[Run] = [(0, FLOOR)] * len(last) + list(found)
+                latents = torch.cat([state[0] for state in (*last, *found.values())])
+                finished.append(Finished(tuple(runs), self._checked(latents, runs)))
+            shared.waiting.remove(stairs)
+        return finished
 
     # ---- the runs
 
-    def _trunk(self) -> Trunk:
+    def _trunk(self) -> tuple[Trunk, Tensor]:
         """Clean and corrupt together; clean activations are recorded where they will be read."""
         wanted = {batch.start for batch in self.work.batches} | {s.call for s in self.work.stairs}
         states: dict[int, list[Tensor]] = {call: [] for call in wanted}
@@ -207,11 +224,11 @@ class Job:
                     uncond[call].append(step.prediction[:lanes].clone())
             runs = [(p, run) for p in pairs for run in (CLEAN, CORRUPT)]
             finals.append(self._checked(step.state[0].clone(), runs))
-        return Trunk(
+        trunk = Trunk(
             {call: torch.cat(parts, 1) for call, parts in states.items()},
             {call: torch.cat(parts) for call, parts in uncond.items()},
-            torch.cat(finals),
         )
+        return trunk, torch.cat(finals)
 
     def _floor(self) -> Tensor:
         """The first pair's corrupt run, twice in a batch of two."""
@@ -260,9 +277,9 @@ class Job:
             self.schedule,
             self.noise[pair],
         )
-        self.workshop.executed += climb.flops
+        self.workshop.stepped += climb.flops
         found = {
-            (pair, lane): after[:, row : row + 1]
+            (pair, lane): after[:, row : row + 1].clone()
             for row, lane in zip(climb.lane_rows(stairs), lanes, strict=True)
         }
         copies = [after[:, 1:2], after[:, climb.copy_row : climb.copy_row + 1]]
@@ -291,7 +308,7 @@ class Job:
             for row in (0, batch.size - 1):
                 self._write_copy(step, batch, row)
         corrupt = trunk.states[batch.start][:, 1:2]  # the first pair's
-        copied = copies.get(batch.start, [corrupt, corrupt])
+        copied = copies.get(batch.start) or [corrupt, corrupt]
         stem = trunk.states[batch.start]
         parts = [stem[:, [2 * p + (run == CORRUPT)]] for p, run in batch.leaders]
         parts += copied[:1] * batch.copies
@@ -387,6 +404,7 @@ class Job:
                 slots,
                 guidance,
                 self.workshop.runner,
+                self.workshop.ground,
                 self.model.dtype,
                 cache,
             )
@@ -413,7 +431,7 @@ class Job:
         if self.schedule.linear:
             for call in range(start, self.calls):
                 yield call
-                self.workshop.executed += step.ran
+                self.workshop.stepped += step.ran
             return
         scheduler, lanes = self.model.scheduler(self.sampling.steps), step.shape.lanes
         generators = [self.pairs[pair].start.generator() for _ in range(lanes)]
@@ -422,12 +440,14 @@ class Job:
             step.set_input(scheduler.scale_model_input(step.state[0], t))
             step.call.fill_(call)
             yield call
-            self.workshop.executed += step.ran
-            prediction = step.prediction
+            self.workshop.stepped += step.ran
+            # Copies: many schedulers keep what they are given until their next step.
+            prediction = step.prediction.clone()
             if self.guided:
                 uncond, cond = prediction.chunk(2)
                 prediction = uncond + self.sampling.guidance * (cond - uncond)
-            latents = scheduler.step(prediction, t, step.state[0], **options, return_dict=False)[0]
+            before = step.state[0].clone()
+            latents = scheduler.step(prediction, t, before, **options, return_dict=False)[0]
             step.state[0].copy_(latents)
 
     def _checked(self, latents: Tensor, runs: Sequence[Run]) -> Tensor:
@@ -471,4 +491,5 @@ class Job:
 def _is_allocation(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

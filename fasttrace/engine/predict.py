@@ -17,18 +17,17 @@ from fasttrace.engine.options import Options
 from fasttrace.engine.work import bound
 from fasttrace.types import Lane
 
-# Peak 16-bit tensor-core TFLOP/s without sparsity and memory in GB, from the makers' data sheets.
-# For planning on paper: nobody here has measured fasttrace on any of them.
+# Peak 16-bit tensor-core TFLOP/s without sparsity, from the makers' data sheets. For planning on
+# paper: nobody here has measured fasttrace on any of them.
 DEVICES = {
-    "T4": (65, 16),
-    "RTX 3090": (71, 24),
-    "RTX 4090": (165, 24),
-    "A10G": (70, 24),
-    "L4": (121, 24),
-    "A100-40": (312, 40),
-    "A100": (312, 80),
-    "H100": (989, 80),
-    "H200": (989, 141),
+    "T4": 65,
+    "RTX 3090": 71,
+    "RTX 4090": 165,
+    "A10G": 70,
+    "L4": 121,
+    "A100": 312,
+    "H100": 989,
+    "H200": 989,
 }
 ASSUMED = 0.4  # of the peak: a guess, and labelled as one
 
@@ -38,9 +37,9 @@ class Prediction:
     """lanes: patched runs. batches: in which they are made. pairs: run together at a time.
 
     flops: everything computed. useful_flops: the clean, corrupt and patched runs alone.
-    bound_flops: the least an exact trace needs. peak_bytes: on top of the model's weights, of which
-    cache_bytes are clean activations. clean: "cache", "leader", or both. seconds: None without a
-    calibration.
+    bound_flops: the least an exact trace needs. plain_flops: one whole run a lane. peak_bytes: on
+    top of the model's weights and without decoding, of which cache_bytes are clean activations.
+    clean: "cache", "leader", or both. seconds: None without a calibration.
     """
 
     calls: int
@@ -70,15 +69,18 @@ def predict(
     linear: bool = True,
     own_texts: bool = False,
     itemsize: int = 4,
-    kept_latents: int = 1,
+    negatives: Sequence[str] | None = None,
 ) -> Prediction:
-    """lanes: of each pair, as the engine will be given them."""
+    """lanes: of each pair; the engine is given so many together as `options.pairs` says.
+
+    negatives: each pair's negative prompt; None is one for all.
+    """
     chunks: list[Chunk] = []
-    start = 0
-    while start < len(lanes):
-        chunks.append(
-            arrange(
-                lanes[start:],
+    for group in range(0, len(lanes), options.pairs):
+        start, stop = group, min(group + options.pairs, len(lanes))
+        while start < stop:
+            chunk = arrange(
+                lanes[start:stop],
                 denoiser,
                 options,
                 calls=calls,
@@ -86,9 +88,10 @@ def predict(
                 linear=linear,
                 own_texts=own_texts,
                 itemsize=itemsize,
+                negatives=negatives and negatives[start:stop],
             )
-        )
-        start += chunks[-1].pairs
+            chunks.append(chunk)
+            start += chunk.pairs
     cost = denoiser.cost
     useful = sum(c.work.useful(cost, c.todo) for c in chunks)
     least = sum(bound(cost, c.setting, c.pairs, c.todo) for c in chunks)
@@ -126,6 +129,7 @@ def memory_of(chunk: Chunk, denoiser: Denoiser, itemsize: int) -> int:
     setting, work = chunk.setting, chunk.work
     rows = [2 * len(trunk) * setting.branches for trunk in work.trunks]
     rows += [batch.size * setting.branches for batch in work.batches]
+    rows += [2 + len(s.whole) + sum(s.joins.values()) for s in work.stairs]
     body = denoiser.body.at(max(rows))
     active = peak_bytes(body)
     slots = work.texts + (chunk.own_slots if setting.own_texts else 0)

@@ -20,7 +20,7 @@ from fasttrace.engine.flops import count
 from fasttrace.engine.graph.capture import Graph
 from fasttrace.engine.graph.patches import Point, insert_patches, insert_records, make_tables
 from fasttrace.engine.graph.prune import prune
-from fasttrace.engine.runners import Runner, make_runner
+from fasttrace.engine.runners import Ground, Runner, make_runner
 from fasttrace.engine.schedule import Schedule, Slots, advance
 
 FULL, PRUNED = "full", "pruned"
@@ -74,6 +74,7 @@ class Step:
         latent_slots: Slots,
         guidance: float,
         runner: str,
+        ground: Ground,
         dtype: torch.dtype,
         cache: Cache | None = None,
     ) -> None:
@@ -150,7 +151,7 @@ class Step:
                     else (part.graph.module)
                 )
         self.runners: dict[str, Runner] = {
-            variant: make_runner(runner, lambda v=variant: self._call(v))  # type: ignore[misc]
+            variant: make_runner(runner, lambda v=variant: self._call(v), ground)  # type: ignore[misc]
             for variant in self.parts
         }
         self.ran = 0  # FLOPs of the last call

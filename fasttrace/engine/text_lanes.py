@@ -20,7 +20,7 @@ from fasttrace.types import Corruption, Lane, Patch, Probe
 class TextLanes:
     """Records the clean encoder run of one probe; `texts(lanes)` are the lanes' own.
 
-    Activations [1, n, D] of every (layer, kind) are kept: a few megabytes for the largest encoder.
+    Activations [1, n, D] of every (layer, kind) are kept: 40 MB for the largest encoder in 32 bits.
     """
 
     def __init__(self, model: Model, probe: Probe, corruption: Corruption, clean: Text) -> None:

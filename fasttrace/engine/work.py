@@ -13,8 +13,6 @@ from fasttrace.engine.compiled import PORTION, Denoiser, portions
 from fasttrace.engine.graph.prune import Cost
 from fasttrace.types import Lane, Patch
 
-BOTH = ("uncond", "cond")
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -87,6 +85,17 @@ class Stairs:
             found[self.joining[-1][0]] += 1  # the corrupt copy
         return found
 
+    @property
+    def keys(self) -> list[tuple[int, int]]:
+        """(pair, lane) of all its lanes."""
+        lanes = (*self.whole, *(lane for _, own in self.joining for lane in own))
+        return [(self.pair, lane) for lane in lanes]
+
+    def halves(self, setting: Setting) -> list[Stairs]:
+        """The same in parts that fit smaller batches."""
+        joining = [(site, lane) for site, own in self.joining for lane in own]
+        return stairs_of(self.pair, self.call, self.whole, joining, setting)
+
     def flops(self, cost: Cost) -> int:
         first = (2 + len(self.whole) + (not self.joining)) * cost.whole
         return first + sum(n * cost.after[site] for site, n in self.joins.items())
@@ -127,8 +136,7 @@ class Batch:
 class Work:
     """Everything the lanes of some pairs need.
 
-    trunks: pairs whose clean and corrupt runs are made together. floor: whether the corrupt run of
-    the first pair is run once more, alone with itself.
+    trunks: pairs whose clean and corrupt runs are made together.
     """
 
     setting: Setting
@@ -264,13 +272,27 @@ def _stairs(todo: Sequence[Todo], setting: Setting, order: Sequence[str]) -> lis
     for (pair, call), lanes in groups.items():
         whole = [lane.lane for lane in lanes if lane.site is None]
         joining = sorted((lane for lane in lanes if lane.site), key=lambda x: place[str(x.site)])
-        found += [Stairs(pair, call, tuple(part), ()) for part in _parts(whole, setting.lanes)]
-        for part in _parts(joining, 2 * setting.lanes):
-            by_site: dict[str, list[int]] = {}
-            for lane in part:
-                by_site.setdefault(str(lane.site), []).append(lane.lane)
-            sites = tuple((site, tuple(own)) for site, own in by_site.items())
-            found.append(Stairs(pair, call, (), sites))
+        sites = [(str(lane.site), lane.lane) for lane in joining]
+        found += stairs_of(pair, call, whole, sites, setting)
+    return found
+
+
+def stairs_of(
+    pair: int,
+    call: int,
+    whole: Sequence[int],
+    joining: Sequence[tuple[str, int]],
+    setting: Setting,
+) -> list[Stairs]:
+    """One shared call in parts of as many rows as a full batch has. joining: (site, lane)."""
+    most = max(1, setting.branches * setting.lanes - 3)  # beside clean, corrupt and a copy
+    found = [Stairs(pair, call, tuple(part), ()) for part in _parts(whole, most)]
+    for part in _parts(joining, most):
+        by_site: dict[str, list[int]] = {}
+        for site, lane in part:
+            by_site.setdefault(site, []).append(lane)
+        sites = tuple((site, tuple(own)) for site, own in by_site.items())
+        found.append(Stairs(pair, call, (), sites))
     return found
 
 
@@ -317,19 +339,9 @@ class _Batches:
         return alone.flops(self.cost, self.setting) < among.flops(self.cost, self.setting)
 
     def _pruned(self, site: str, window: tuple[int, int], start: int, lanes: list[Todo]) -> None:
-        key = (site, window, start, len(lanes))
-        copies = key not in self.seen
-        self.seen.add(key)
-        self.found.append(
-            Batch(
-                tuple(lane.key for lane in lanes),
-                start,
-                len(lanes) + 2 * copies,
-                copies,
-                pruned=site,
-                window=window,
-            )
-        )
+        keys = tuple(lane.key for lane in lanes)
+        size = len(lanes) + 2
+        self.found.append(Batch(keys, start, size, True, pruned=site, window=window))
 
     def _full(self, start: int, lanes: list[Todo]) -> None:
         while lanes:
@@ -360,4 +372,4 @@ class _Batches:
 
 def _bucket(wanted: int, most: int) -> int:
     """Lanes of a batch that holds `wanted`: few different sizes, little padding."""
-    return max(wanted, most) if wanted >= most else -(-wanted // 4) * 4
+    return max(wanted, min(most, -(-wanted // 4) * 4))

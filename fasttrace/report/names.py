@@ -10,6 +10,8 @@ KIND_WORDS = {
     "attn1": "self-attention",
     "attn2": "cross-attention",
     "ff": "feed-forward",
+    "transformer": "transformer",
+    "block": "whole block",
     "attn": "self-attention",
     "mlp": "MLP",
     "hidden": "layer output",
@@ -63,6 +65,10 @@ def words(site: str, kind: str) -> str:
         return f"layer {number}, {what}"
     parts = [block(site)]
     module, transformer = _MODULE.search(site), _TRANSFORMER.search(site)
+    if kind == "block":
+        return f"{parts[0]}, {what}"
+    if kind == "transformer" and module:
+        return f"{parts[0]}, {what} {module[2]}"
     if module and module[1] == "attentions":
         parts.append(f"attention {module[2]}")
         if transformer and transformer[1] != "0":

@@ -76,8 +76,12 @@ def test_order_and_shapes_are_those_of_a_real_run(tiny, probe):
         watching(model.unet_modules(), lambda n, o: seen.append((n, o.shape[1:]))),
     ):
         tiny(probe.prompt, num_inference_steps=1, output_type="latent")
-    sites = model.sites(size, size).sites
-    assert seen == [(s.name, torch.Size(s.shape)) for s in sites]
+    layout = model.sites(size, size)
+    for sites in (layout.sites, layout.whole):
+        names = {s.name for s in sites}
+        ours = [(name, shape) for name, shape in seen if name in names]
+        assert ours == [(s.name, torch.Size(s.shape)) for s in sites]
+    assert len(seen) == len(layout.every)
 
 
 def test_shapes_follow_the_picture(sd):
@@ -104,7 +108,7 @@ def test_discovery_leaves_weights_alone(sd):
     ("wanted", "count"),
     [
         ("paper", 70),
-        ("all", 70),
+        ("all", 91),
         ("attn2", 16),
         ("all attn2", 16),
         ("resnet", 22),
@@ -118,3 +122,12 @@ def test_selection(wanted, count):
     sites = list_sites("sd15", sites=wanted)
     assert len(sites) == count
     assert all(a.index < b.index for a, b in pairwise(sites))
+
+
+def test_whole_transformers_and_blocks_are_sites_beyond_the_default_set():
+    kinds = [s.kind for s in list_sites("sd15", sites="all")]
+    assert (kinds.count("transformer"), kinds.count("block")) == (16, 5)
+    assert len(kinds) == 70 + 16 + 5
+    blocks = [s.name for s in list_sites("sdxl", sites="block")]
+    assert blocks == ["unet.mid_block", *(f"unet.up_blocks.{i}" for i in range(3))]
+    assert not {"transformer", "block"} & {s.kind for s in list_sites("sdxl")}

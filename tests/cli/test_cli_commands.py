@@ -383,7 +383,7 @@ def test_the_demo_prints_five_sites_for_each_attribute(fake_tracer, tmp_path: Pa
     for attribute in ("object", "style", "colour", "action"):
         for component in ("UNet", "Text encoder"):
             assert f"{attribute}, {component}" in out
-    assert "(n = 3 prompts)" in out
+    assert "(n = 5 prompts)" in out
     assert out.rstrip().endswith("report.html")
     assert (tmp_path / "demo" / "report.html").is_file()
     text = next(c for c in fake_tracer.calls if c["component"] == "text_encoder")
@@ -399,3 +399,34 @@ def test_the_full_demo_takes_every_probe_and_seed(fake_tracer, tmp_path: Path, c
     full = json.loads(capsys.readouterr().out)["planned"]
     assert main(["demo", "--out", str(tmp_path / "e"), "-q", "--json"]) == 0
     assert full > 2 * json.loads(capsys.readouterr().out)["planned"]
+
+
+def test_plan_of_an_architecture(capsys):
+    assert main(["plan", "sd15", "--prompts", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["lanes"], found["calls"]) == (140, 51)
+    assert found["bound_flops"] < found["useful_flops"] < found["flops"]
+    assert {"peak_bytes", "batches"} <= found.keys()
+    assert main(["plan", "sd15", "--prompts", "2", "--gpu", "A100"]) == 0
+    out = capsys.readouterr().out
+    assert "140 patched runs of 51 denoiser calls" in out
+    assert "never measured" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sd15", "--component", "text_encoder"], "bare architecture"),
+        (["sd15", "--gpu", "Z80"], "Unknown device 'Z80'"),
+        (["sd15", "--clean", "both"], "clean is one of auto, leader, cache"),
+        (["sd15", "--lanes", "2"], "at least 4 lanes"),
+        (["sd15", "--budget", "-1"], "not a positive number of GiB"),
+        (["nowhere-at-all"], "nowhere-at-all"),
+    ],
+)
+def test_plans_that_cannot_be_made(capsys, arguments, words):
+    assert main(["plan", *arguments]) in (1, 2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err
+    assert "bug" not in err

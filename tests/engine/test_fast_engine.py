@@ -6,15 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fasttrace.adapters.corruption import corrupt_text, resolve
 from fasttrace.adapters.pipeline import Model
 from fasttrace.adapters.scope import scope
+from fasttrace.adapters.text import Text
+from fasttrace.adapters.unet import UnetSites
 from fasttrace.engine.base import CLEAN, CORRUPT, FLOOR, Pair
+from fasttrace.engine.compiled import of_model
 from fasttrace.engine.fast import FastEngine
 from fasttrace.engine.job import Job
 from fasttrace.engine.reference import ReferenceEngine
+from fasttrace.engine.step import Step
 from fasttrace.engine.text_lanes import TextLanes
 from fasttrace.engine.work import bound
 from fasttrace.errors import ModelError, UsageError
@@ -31,15 +37,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "leader, smallest batches": {"clean": "leader", "lanes": 4},
     "nothing shared": {"sharing": False, "pruning": False},
     "one pair at a time": {"pairs": 1},
+    "little memory": {"budget": 100_000, "lanes": 8},
     "staged": {"staged": True},
     "host, staged": {"staged": True, "home": "host"},
 }
-CLOSE = 1e-5  # of the latent's rms; the same picture in another batch shape differs by as much
+CLOSE = 1e-4  # of the latent's rms: invariant 2
+
+
+def layout_of(model: Model) -> UnetSites:
+    size = model.default("height")
+    return model.sites(size, size)
 
 
 def sites_of(model: Model) -> tuple[Site, ...]:
-    size = model.default("height")
-    return model.sites(size, size).sites
+    return layout_of(model).sites
 
 
 def make_pairs(
@@ -65,11 +76,11 @@ def make_pairs(
 
 
 def mixed_lanes(model: Model) -> list[Lane]:
-    """Every site, and lanes of every kind."""
+    """Every site, whole transformers and blocks among them, and lanes of every kind."""
     sites = sites_of(model)
     cross = [s for s in sites if s.kind == "attn2"]
     return [
-        *(Lane((Patch(s),)) for s in sites),
+        *(Lane((Patch(s),)) for s in layout_of(model).every),
         Lane(),
         Lane((Patch(sites[3], Selector(window=(1, 2))),)),
         Lane((Patch(sites[-1], Selector(window=(2, 3))),)),
@@ -93,6 +104,24 @@ def assert_same(found: dict[Any, Tensor], expected: dict[Any, Tensor], names: An
             assert worst <= CLOSE * rms(latents), (key, names(key), worst)
 
 
+TRACED: dict[Any, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def shared_traces(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Engines of one model share its trace, seconds each; not where the model is changed."""
+    if request.cls is TestNothingGoesStale or "attention" in request.node.name:
+        return
+
+    def traced(model: Model, sampling: Sampling, example: Text) -> Any:
+        key = id(model.unet), sampling.height, tuple(example.cond.shape)
+        if key not in TRACED:
+            TRACED[key] = of_model(model, sampling, example)
+        return TRACED[key]
+
+    monkeypatch.setattr("fasttrace.engine.workshop.of_model", traced)
+
+
 @pytest.fixture(scope="module")
 def expected(pipeline: Any) -> tuple[Any, dict[Any, Tensor]]:
     model = Model(pipeline)
@@ -101,13 +130,25 @@ def expected(pipeline: Any) -> tuple[Any, dict[Any, Tensor]]:
         return pairs, runs_of_pairs(ReferenceEngine(model), pairs)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_every_lane_is_the_reference(pipeline, expected, options):
+def test_every_lane_is_the_reference(pipeline, expected, subtests):
+    """The bundled model takes the first few ways alone; a try on it is ten seconds."""
     pairs, latents = expected
-    with scope(pipeline):
-        engine = FastEngine(Model(pipeline), **options)
-        found = runs_of_pairs(engine, pairs)
-        again = runs_of_pairs(engine, pairs)
+    few = Model(pipeline).name == "embedded"
+    for name in list(OPTIONS)[: 2 if few else None]:
+        with subtests.test(name), scope(pipeline):
+            check_against(latents, FastEngine(Model(pipeline), **OPTIONS[name]), pairs)
+
+
+def check_against(latents: dict[Any, Tensor], engine: FastEngine, pairs: list[Pair]) -> None:
+    """Twice, since the second time nothing is compiled; and what ran is what was predicted."""
+    predicted = start = 0
+    while start < len(pairs):
+        job = Job(engine.workshop, pairs[start:])
+        predicted += job.work.flops(job.denoiser)
+        start += len(job.pairs)
+    found = runs_of_pairs(engine, pairs)
+    assert engine.executed == predicted
+    again = runs_of_pairs(engine, pairs)
     assert_same(found, latents)
     assert all(torch.equal(found[key], again[key]) for key in found)
     copies = found[0, FLOOR]
@@ -115,22 +156,22 @@ def test_every_lane_is_the_reference(pipeline, expected, options):
     assert float((copies - found[0, CORRUPT]).abs().max()) <= CLOSE * rms(copies)
 
 
-def test_unguided(pipeline):
-    model = Model(pipeline)
-    with scope(pipeline):
+def test_unguided(tiny):
+    model = Model(tiny)
+    with scope(tiny):
         pairs = make_pairs(model, mixed_lanes(model), guidance=1.0, steps=4)
         expected = runs_of_pairs(ReferenceEngine(model), pairs)
         assert_same(runs_of_pairs(FastEngine(model), pairs), expected)
 
 
-def test_pruned_graphs(pipeline):
+def test_pruned_graphs(tiny):
     """Enough pairs for lanes of one site to have a graph of their own."""
-    model = Model(pipeline)
+    model = Model(tiny)
     probes = tuple(Probe(f"a {word} dog", "dog") for word in ("red", "big", "old", "wet"))
     resnets = [s for s in sites_of(model) if s.kind == "resnet"]
     lanes = [Lane((Patch(s),)) for s in resnets]
     lanes += [Lane((Patch(resnets[-1], Selector(window=(1, 3))),))]
-    with scope(pipeline):
+    with scope(tiny):
         pairs = make_pairs(model, lanes, probes=probes, steps=4)
         engine = FastEngine(model, lanes=8)
         pruned = {batch.pruned for batch in Job(engine.workshop, pairs).work.batches}
@@ -139,21 +180,21 @@ def test_pruned_graphs(pipeline):
         assert_same(runs_of_pairs(engine, pairs), runs_of_pairs(ReferenceEngine(model), pairs))
 
 
-def test_swap(pipeline):
-    model = Model(pipeline)
+def test_swap(tiny):
+    model = Model(tiny)
     cross = [s for s in sites_of(model) if s.kind == "attn2"]
     lanes = [
         Lane(tuple(Patch(s, source="text:corrupt") for s in cross[i : i + 2]))
         for i in range(len(cross) - 1)
     ]
-    with scope(pipeline):
+    with scope(tiny):
         pairs = make_pairs(model, lanes, base=CLEAN)
         expected = runs_of_pairs(ReferenceEngine(model), pairs)
         assert_same(runs_of_pairs(FastEngine(model), pairs), expected)
 
 
-def test_texts_of_their_own(pipeline):
-    model = Model(pipeline)
+def test_texts_of_their_own(tiny):
+    model = Model(tiny)
     corruption = resolve(model, list(PROBES), Corruption())
     sites = [s for e in model.encoders for s in e.sites()][:6]
 
@@ -161,22 +202,14 @@ def test_texts_of_their_own(pipeline):
         found = text_lanes(model, probe, sites, ["last subject", "EOS", "padding"], corruption)
         return [lane for lane, status in found if status == RUN]
 
-    with scope(pipeline):
+    with scope(tiny):
         pairs = [
             replace(pair, lane_texts=TextLanes(model, probe, corruption, pair.texts[CLEAN]).texts)
             for probe, pair in zip(PROBES, make_pairs(model, lanes), strict=True)
         ]
         expected = runs_of_pairs(ReferenceEngine(model), pairs)
         for options in ({}, {"lanes": 5}, {"sharing": False}):
-            engine = FastEngine(model, **options)
-            predicted = 0
-            start = 0
-            while start < len(pairs):
-                job = Job(engine.workshop, pairs[start:])
-                predicted += job.work.flops(job.denoiser)
-                start += len(job.pairs)
-            assert_same(runs_of_pairs(engine, pairs), expected)
-            assert engine.executed == predicted
+            check_against(expected, FastEngine(model, **options), pairs)
 
 
 class TestCopies:
@@ -203,13 +236,13 @@ class TestCopies:
                             checked += len(copies)
                 assert checked == 2 * len(asked)
 
-    def test_a_lane_depends_neither_on_its_row_nor_on_its_neighbours(self, pipeline):
-        model = Model(pipeline)
+    def test_a_lane_depends_neither_on_its_row_nor_on_its_neighbours(self, tiny):
+        model = Model(tiny)
         sites = sites_of(model)
         lane = Lane((Patch(sites[2]),))
         around = [Lane((Patch(s),)) for s in sites[3:9]]
         options = {"sharing": False, "pruning": False}
-        with scope(pipeline):
+        with scope(tiny):
             engine = FastEngine(model, **options)
             found = []
             for place in (0, 3, 6):
@@ -223,26 +256,25 @@ class TestCopies:
             assert torch.equal(first, found[0][0])
             assert torch.equal(second, found[0][1])
 
-    def test_unconditional_rows_are_untouched(self, pipeline):
+    def test_unconditional_rows_are_untouched(self, pipeline, monkeypatch):
         """Predictions of a batch with conditional patches alone."""
         model = Model(pipeline)
         lane = Lane(tuple(Patch(s) for s in sites_of(model)))
-        with scope(pipeline), torch.no_grad():
+        seen: list[tuple[Step, Tensor]] = []
+        run = Step.run
+
+        def keep(step: Step, *args: Any, **more: Any) -> None:
+            run(step, *args, **more)
+            seen.append((step, step.prediction.clone()))
+
+        monkeypatch.setattr(Step, "run", keep)
+        with scope(pipeline):
+            pairs = make_pairs(model, [lane, Lane()])
             engine = FastEngine(model, sharing=False)
-            job = Job(engine.workshop, make_pairs(model, [lane, Lane()]))
-            shared = job._shared()
-            (batch,) = job.work.batches
-            first: list[Tensor] = []
-            step = job._batch_step(batch)
-            run = step.run
-
-            def keep(*args: Any) -> None:
-                run(*args)
-                first.append(step.prediction.clone())
-
-            step.run = keep  # type: ignore[method-assign]
-            job._run_batch(batch, shared)
-        uncond, cond = first[0].chunk(2)
+            (batch,) = Job(engine.workshop, pairs).work.batches
+            runs_of_pairs(engine, pairs)
+        first = next(prediction for step, prediction in seen if step.shape.sites)
+        uncond, cond = first.chunk(2)
         patched, plain = (batch.first + batch.lanes.index((0, i)) for i in (0, 1))
         assert torch.equal(uncond[patched], uncond[plain])
         assert not torch.equal(cond[patched], cond[plain])
@@ -261,12 +293,22 @@ class TestCopies:
         ("DPMSolverMultistep", 10, 0.0),
         ("UniPCMultistep", 10, 0.0),
         ("DDPM", 6, 0.0),
+        ("DDIM clip_sample", 6, 0.0),
+        ("HeunDiscrete clip_sample", 5, 0.0),
+        ("UniPCMultistep thresholding", 6, 0.0),
+        ("DPMSolverMultistep thresholding", 6, 0.0),
     ],
 )
 def test_clean_rows_are_plain_diffusers(sd, name, steps, eta):
-    """Invariant 2, and patched lanes against the reference with every scheduler."""
+    """Invariant 2, and patched lanes against the reference with every scheduler.
+
+    Those with an option clip or threshold: no weighted sum, so their own `step` runs.
+    """
     with scope(sd):
+        name, _, option = name.partition(" ")
         sd.scheduler = make_scheduler(name)
+        if option:
+            sd.scheduler = type(sd.scheduler).from_config(sd.scheduler.config, **{option: True})
         model = Model(sd)
         sites = sites_of(model)
         lanes = [Lane((Patch(sites[4]),)), Lane((Patch(sites[-3], Selector(window=(2, 4))),))]
@@ -289,25 +331,11 @@ def test_clean_rows_are_plain_diffusers(sd, name, steps, eta):
 
 
 class TestFlops:
-    def test_what_runs_was_predicted(self, pipeline):
-        model = Model(pipeline)
-        with scope(pipeline):
-            pairs = make_pairs(model, mixed_lanes(model))
-            for options in OPTIONS.values():
-                engine = FastEngine(model, **options)
-                predicted = start = 0
-                while start < len(pairs):
-                    job = Job(engine.workshop, pairs[start:])
-                    predicted += job.work.flops(job.denoiser)
-                    start += len(job.pairs)
-                runs_of_pairs(engine, pairs)
-                assert engine.executed == predicted
-
-    def test_useful_work_is_near_the_bound(self, pipeline):
+    def test_useful_work_is_near_the_bound(self, tiny):
         """All paper sites; the tiny models have a third of their work before the first text."""
-        model = Model(pipeline)
+        model = Model(tiny)
         lanes = [Lane((Patch(s),)) for s in sites_of(model)]
-        with scope(pipeline):
+        with scope(tiny):
             job = Job(FastEngine(model).workshop, make_pairs(model, lanes, steps=8))
             plain = Job(
                 FastEngine(model, sharing=False, pruning=False).workshop,
@@ -335,6 +363,28 @@ class TestNothingGoesStale:
             assert not torch.equal(after[0, CLEAN], before[0, CLEAN])
             assert_same(after, runs_of_pairs(ReferenceEngine(model), pairs))
 
+    @pytest.mark.parametrize("change", ["attribute", "hook"])
+    def test_what_the_trace_bakes_in(self, sd, change):
+        """A plain number of a module (FreeU, an adapter's scale); another hook in one's place."""
+        model = Model(sd)
+        lanes = [Lane((Patch(sites_of(model)[0]),))]
+        engine = FastEngine(model)
+        block = sd.unet.up_blocks[0].resnets[0]
+        found = []
+        with scope(sd):
+            pairs = make_pairs(model, lanes)
+            for factor in (1.5, 3.0):
+                if change == "attribute":
+                    block.output_scale_factor = factor
+                else:
+                    handle = block.register_forward_hook(lambda *a, f=factor: a[2] * f)
+                found.append(runs_of_pairs(engine, pairs))
+                assert_same(found[-1], runs_of_pairs(ReferenceEngine(model), pairs))
+                if change == "hook":
+                    handle.remove()
+                    del handle
+        assert not torch.equal(found[0][0, CLEAN], found[1][0, CLEAN])
+
     def test_a_module_put_in_the_place_of_another(self, sd):
         model = Model(sd)
         lanes = [Lane((Patch(s),)) for s in sites_of(model)[:4]]
@@ -349,6 +399,58 @@ class TestNothingGoesStale:
             assert_same(after, runs_of_pairs(ReferenceEngine(model), pairs))
 
 
+class TestSeveralRuns:
+    def test_one_may_wait_while_another_runs(self, sd):
+        """Their tables and recorded activations are apart."""
+        model = Model(sd)
+        first, second = ([Lane((Patch(s),)) for s in sites_of(model)[i::2]] for i in (0, 1))
+        with scope(sd), torch.no_grad():
+            engine = FastEngine(model, lanes=6)
+            one, other = make_pairs(model, first), make_pairs(model, second, probes=PROBES[::-1])
+            expected = runs_of_pairs(FastEngine(model, lanes=6), one)
+            waiting = engine.run(one)
+            parts = [next(waiting), next(waiting), next(waiting)]
+            between = runs_of_pairs(engine, other)
+            parts += waiting
+            assert_same(between, runs_of_pairs(ReferenceEngine(model), other))
+        for finished in parts:
+            for key, latents in zip(finished.runs, finished.latents, strict=True):
+                if key[1] != FLOOR:
+                    assert torch.equal(latents, expected[key][0])
+
+    def test_negative_prompts_of_their_own_and_several_trunks(self, tiny):
+        model = Model(tiny)
+        words = ("red", "big", "old", "wet", "tiny")
+        probes = tuple(
+            Probe(f"a {word} dog", "dog", negative_prompt=("", "a cat")[i % 2])
+            for i, word in enumerate(words)
+        )
+        lanes = [Lane((Patch(s),)) for s in sites_of(model)[::3]]
+        with scope(tiny):
+            pairs = make_pairs(model, lanes, probes=probes)
+            engine = FastEngine(model, lanes=6)
+            assert len(Job(engine.workshop, pairs).work.trunks) == 2
+            assert_same(runs_of_pairs(engine, pairs), runs_of_pairs(ReferenceEngine(model), pairs))
+
+    def test_one_call(self, tiny):
+        model = Model(tiny)
+        with scope(tiny):
+            tiny.scheduler = make_scheduler("DDIM")
+            pairs = make_pairs(model, [Lane((Patch(s),)) for s in sites_of(model)], steps=1)
+            engine = FastEngine(model, lanes=8)
+            assert not Job(engine.workshop, pairs).work.batches
+            assert_same(runs_of_pairs(engine, pairs), runs_of_pairs(ReferenceEngine(model), pairs))
+
+    def test_attention_that_folds_its_heads_into_the_rows(self, sd):
+        model = Model(sd)
+        with scope(sd):
+            sd.unet.set_attn_processor(AttnProcessor())
+            pairs = make_pairs(model, [Lane((Patch(s),)) for s in sites_of(model)[:5]])
+            engine = FastEngine(model)
+            assert_same(runs_of_pairs(engine, pairs), runs_of_pairs(ReferenceEngine(model), pairs))
+            assert not Job(engine.workshop, pairs).work.stairs
+
+
 class TestErrors:
     def test_options(self, sd):
         model = Model(sd)
@@ -358,6 +460,7 @@ class TestErrors:
             ({"lanes": 3}, "at least 4 lanes"),
             ({"runner": "gpu"}, "Unknown runner 'gpu'"),
             ({"runner": "cudagraph"}, "needs a model on a CUDA device"),
+            ({"staged": False, "home": "host"}, "staged can't be False"),
         ):
             with pytest.raises(UsageError, match=words):
                 FastEngine(model, **options)
@@ -368,6 +471,23 @@ class TestErrors:
             pairs = make_pairs(Model(sd), [lane])
             with pytest.raises(ModelError, match="reached no tensor"):
                 runs_of_pairs(FastEngine(Model(sd)), pairs)
+
+    def test_what_it_does_not_do_is_refused(self, sd):
+        sites = sites_of(Model(sd))
+        resnet = next(s for s in sites if s.kind == "resnet")
+        nowhere = replace(resnet, name="unet.nowhere")
+        cross = next(s for s in sites if s.kind == "attn2")
+        for lane, error, words in (
+            (Lane((Patch(resnet, source="text:clean"),)), ModelError, "it reads no text"),
+            (Lane((Patch(nowhere),)), ModelError, "no place of this denoiser"),
+            (Lane((Patch(resnet, Selector(tokens=(0,))),)), UsageError, "tokens of a UNet site"),
+            (Lane((Patch(cross, source="text:clean", strength=0.5),)), UsageError, "another text"),
+            (Lane((Patch(resnet), Patch(resnet, source=CORRUPT))), UsageError, "one patch a site"),
+        ):
+            with scope(sd):
+                pairs = make_pairs(Model(sd), [lane])
+                with pytest.raises(error, match=words):
+                    runs_of_pairs(FastEngine(Model(sd)), pairs)
 
     def test_nan_names_site_and_run(self, sd):
         model = Model(sd)
@@ -415,3 +535,68 @@ class TestErrors:
             pairs = make_pairs(model, [Lane((Patch(sites_of(model)[0]),))])
             with pytest.raises(ModelError, match="no memory for a batch of 6 lanes"):
                 runs_of_pairs(FastEngine(model), pairs)
+
+
+class TestOneStep:
+    def test_serves_every_plan(self, tiny):
+        """Sites alone, windows, branches and strengths: other numbers in the same tables."""
+        model = Model(tiny)
+        sites = sites_of(model)[2:9]
+        plans = {
+            "sites": [Lane((Patch(s),)) for s in sites],
+            "windows": [
+                Lane((Patch(s, Selector(window=(0, 1 + i % 3))),)) for i, s in enumerate(sites)
+            ],
+            "branches": [
+                Lane((Patch(s, Selector(branch=("both", "uncond", "cond")[i % 3])),))
+                for i, s in enumerate(sites)
+            ],
+            "strengths": [Lane((Patch(s, strength=0.3 * i),)) for i, s in enumerate(sites)],
+        }
+        first: Any = None
+        with scope(tiny):
+            engine = FastEngine(model, clean="leader", sharing=False)
+            for name, lanes in plans.items():
+                pairs = make_pairs(model, lanes)
+                found = runs_of_pairs(engine, pairs)
+                assert_same(found, runs_of_pairs(ReferenceEngine(model), pairs))
+                steps = engine.workshop.steps()
+                parts = [part for step in steps for part in step.parts["full"]]
+                used = {t.data_ptr() for part in parts for t in part.arguments}
+                used |= {id(step) for step in steps}
+                first = first or used
+                assert used == first, name
+
+    @pytest.mark.parametrize("clean", ["cache", "leader"])
+    def test_reads_no_value(self, sd, clean):
+        """A whole call on tensors without values: tables, denoiser, guidance, the next latent.
+
+        So nothing in it waits for the device, and a captured CUDA graph could replay it.
+        """
+        model = Model(sd)
+        lanes = [Lane((Patch(s),)) for s in sites_of(model)]
+        probes = tuple(Probe(f"a {word} dog", "dog") for word in ("red", "big", "old", "wet"))
+        with scope(sd):
+            pairs = make_pairs(model, lanes, probes=probes)
+            engine = FastEngine(model, clean=clean, lanes=8)
+            runs_of_pairs(engine, pairs)
+            steps = [step for step in engine.workshop.steps() if isinstance(step, Step)]
+        assert any("pruned" in step.parts for step in steps) == (clean == "cache")
+        mode = FakeTensorMode()
+        for step in steps:
+            for name, value in list(vars(step).items()):
+                setattr(step, name, faked(mode, value))
+            for parts in step.parts.values():
+                for part in parts:
+                    part.arguments = [mode.from_tensor(tensor) for tensor in part.arguments]
+            with mode, torch.no_grad():
+                for variant in step.parts:
+                    step._call(variant)
+
+
+def faked(mode: FakeTensorMode, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return mode.from_tensor(value)
+    if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+        return tuple(mode.from_tensor(tensor) for tensor in value)
+    return value

@@ -112,7 +112,7 @@ def test_row_order_is_the_first_use(captured, unets):
 
 @pytest.mark.parametrize(
     ("name", "before", "text", "step", "body"),
-    [("sd15", 1441, 32, 105, 1145), ("sd21", 1441, 32, 105, 1145), ("sdxl", 4356, 159, 86, 3581)],
+    [("sd15", 1462, 32, 105, 1166), ("sd21", 1462, 32, 105, 1166), ("sdxl", 4371, 159, 86, 3596)],
 )
 def test_counts_of_the_full_size(name, before, text, step, body, make_inputs):
     with torch.device("meta"):

@@ -25,7 +25,7 @@ STEPS, GUIDANCE = 12, 3.0
 
 def load_pipeline() -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline.from_pretrained(
-        EMBEDDED / "model", torch_dtype=torch.float32, local_files_only=True
+        EMBEDDED / "model", dtype=torch.float32, local_files_only=True
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

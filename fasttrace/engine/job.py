@@ -169,28 +169,26 @@ class Job:
 
     @torch.no_grad()
     def _climb_before(self, batches: Sequence[Batch], shared: Shared) -> list[Finished] | None:
-        """The shared calls that the next batch begins after, and lanes that have ended with one.
+        """Make a shared call that the next batch begins after; the lanes that have ended with it.
 
-        None where nothing is to be shared before it. Only one call's states are kept at a time.
+        None where there is none left. Only one call's states are kept at a time.
         """
         start = batches[0].start if batches else self.calls
-        due = [s for s in shared.waiting if s.call < start]
-        if not due:
+        stairs = next((s for s in shared.waiting if s.call < start), None)
+        if stairs is None:
             return None
-        finished = []
-        for stairs in due:
-            found, copies = self._climb(stairs, shared.trunk)
-            shared.climbed |= found.keys()
-            first = shared.copies.setdefault(stairs.call + 1, copies if stairs.pair == 0 else [])
-            if stairs.call + 1 < self.calls:
-                shared.states |= found
-            else:
-                last = copies if stairs.pair == 0 and first is copies else []
-                runs: list[Run] = [(0, FLOOR)] * len(last) + list(found)
-                latents = torch.cat([state[0] for state in (*last, *found.values())])
-                finished.append(Finished(tuple(runs), self._checked(latents, runs)))
-            shared.waiting.remove(stairs)
-        return finished
+        found, copies = self._climb(stairs, shared.trunk)
+        # One at a time, so that a failed allocation in the next one loses nothing of this one.
+        shared.waiting.remove(stairs)
+        shared.climbed |= found.keys()
+        first = shared.copies.setdefault(stairs.call + 1, copies if stairs.pair == 0 else [])
+        if stairs.call + 1 < self.calls:
+            shared.states |= found
+            return []
+        last = copies if first is copies else []
+        runs: list[Run] = [(0, FLOOR)] * len(last) + list(found)
+        latents = torch.cat([state[0] for state in (*last, *found.values())])
+        return [Finished(tuple(runs), self._checked(latents, runs))]
 
     # ---- the runs
 

@@ -39,10 +39,6 @@ class AnyRows:
         """From a function of the number of rows."""
         return cls(make(SMALL), make(LARGE))
 
-    def map(self, change: Callable[[Graph], Graph]) -> AnyRows:
-        """The same rewriting of both graphs."""
-        return AnyRows(change(self.small), change(self.large))
-
     def at(self, rows: int) -> Graph:
         """The graph for `rows` rows."""
         writer = Writer(self)

@@ -9,7 +9,7 @@ from torch import nn
 
 from fasttrace.adapters.architectures import ARCHITECTURES
 from fasttrace.adapters.catalogue import list_sites
-from fasttrace.adapters.unet import discover
+from fasttrace.adapters.unet import KINDS, discover, kind_of
 from fasttrace.engine.graph.capture import capture, flatten, tensors_of
 from fasttrace.engine.graph.marks import MARK
 from fasttrace.errors import ModelError
@@ -67,9 +67,13 @@ def test_marks_are_the_sites_in_order(name, unets, captured, make_inputs):
     unet, graph = unets(name), captured(name)
     inputs = make_inputs(unet)
     side = inputs["sample"].shape[-1]
-    sites = discover(unet, side, side, inputs["encoder_hidden_states"].shape[1]).sites
-    outputs = [m for m in graph.marks if m.kind == "output"]
-    assert [(m.name, m.shape) for m in outputs] == [(s.name, s.shape) for s in sites]
+    sites = discover(unet, side, side, inputs["encoder_hidden_states"].shape[1])
+    outputs = [(m.name, m.shape) for m in graph.marks if m.kind == "output"]
+    own = [found for found in outputs if kind_of(found[0]) in KINDS]
+    assert own == [(s.name, s.shape) for s in sites.sites]
+    assert [found for found in outputs if found not in own] == [
+        (s.name, s.shape) for s in sites.whole
+    ]
     assert all(node.users for node in graph.module.graph.nodes if node.target is MARK)
 
 
@@ -93,21 +97,23 @@ def test_ops_that_stay_whole(captured):
     assert not [op for op in ops if "softmax" in op or "native_" in op or "addmm" in op]
 
 
-@pytest.mark.parametrize(("name", "count", "skips"), [("sd15", 70, 12), ("sdxl", 227, 9)])
-def test_full_size(name, count, skips, make_inputs):
+@pytest.mark.parametrize(
+    ("name", "count", "whole", "skips"), [("sd15", 70, 16 + 5, 12), ("sdxl", 227, 11 + 4, 9)]
+)
+def test_full_size(name, count, whole, skips, make_inputs):
     """On meta tensors: no weight is needed to trace the real thing."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(ARCHITECTURES[name]["unet"])
     graph = capture(unet, make_inputs(unet, rows=2, device="meta"), torch.device("cpu"))
     marks = graph.marks
     kinds = Counter(mark.kind for mark in marks)
-    assert kinds["output"] == count
+    assert kinds["output"] == count + whole
     attentions = sum(m.name.endswith(("attn1", "attn2")) for m in marks)
     assert kinds["heads"] == kinds["key"] == kinds["value"] == attentions
     assert kinds["hidden"] == attentions // 2
     assert kinds["skip"] == skips
     listed = [(s.name, s.shape) for s in list_sites(name) if s.kind != "attn2"]
-    found = [(m.name, m.shape) for m in marks if m.kind == "output"]
+    found = [(m.name, m.shape) for m in marks if m.kind == "output" and kind_of(m.name) in KINDS]
     assert [pair for pair in found if not pair[0].endswith("attn2")] == listed
 
 

@@ -24,6 +24,7 @@ from workloads import Sweep, load, make_sweep, scratch_folder
 
 from fasttrace.adapters.scope import scope
 from fasttrace.engine.base import CLEAN, CORRUPT, FLOOR
+from fasttrace.engine.compiled import Denoiser
 from fasttrace.engine.options import Options
 from fasttrace.engine.predict import Prediction, predict
 from fasttrace.engine.reference import ReferenceEngine
@@ -109,9 +110,14 @@ def rows_counted() -> Iterator[list[int]]:
         handle.remove()
 
 
+def denoiser_of(fast: Fast, sweep: Sweep) -> Denoiser:
+    first = sweep.pairs[0]
+    return fast.engine.denoiser(first.sampling, first.texts[CLEAN])
+
+
 def row_flops(fast: Fast, sweep: Sweep) -> int:
     """FLOPs of one row of one call of the UNet as diffusers runs it, nothing hoisted."""
-    denoiser = fast.engine.workshop.denoiser(sweep.pairs[0])
+    denoiser = denoiser_of(fast, sweep)
     return denoiser.cost.whole + denoiser.text_cost + denoiser.step_cost
 
 
@@ -119,7 +125,7 @@ def predicted(fast: Fast, sweep: Sweep) -> Prediction:
     """What `fasttrace plan` says of the sweep."""
     return predict(
         [pair.lanes for pair in sweep.pairs],
-        fast.engine.workshop.denoiser(sweep.pairs[0]),
+        denoiser_of(fast, sweep),
         Options(),
         calls=sweep.workload.calls,
         guided=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -13,6 +13,7 @@ from fasttrace.adapters.architectures import ARCHITECTURES, GUIDANCE, SCHEDULERS
 from fasttrace.adapters.pipeline import Model
 from fasttrace.adapters.scope import scope
 from fasttrace.adapters.selection import select_sites
+from fasttrace.adapters.text import Text
 from fasttrace.adapters.unet import discover
 from fasttrace.engine.compiled import Denoiser, compile_denoiser, of_model
 from fasttrace.engine.options import Options
@@ -24,13 +25,22 @@ from fasttrace.plan.options import parse_branch
 from fasttrace.plan.plan import Plan
 from fasttrace.plan.windows import resolve_windows
 from fasttrace.rows import lanes_of
-from fasttrace.types import Lane
+from fasttrace.types import Lane, Sampling
 
 
 def forecast_plan(
-    model: Model, plan: Plan, options: Options | None = None, *, measure: bool = True
+    model: Model,
+    plan: Plan,
+    options: Options | None = None,
+    *,
+    measure: bool = True,
+    trace: Callable[[Sampling, Text], Denoiser] | None = None,
+    memory: int | None = None,
 ) -> Prediction:
-    """Of a plan of a loaded model. measure: time a few calls of its denoiser for `seconds`."""
+    """Of a plan of a loaded model. measure: time a few calls of its denoiser for `seconds`.
+
+    trace: an engine's way to its compiled denoiser, which it then keeps. memory: bytes there are.
+    """
     options = options or Options()
     pairs = dict.fromkeys((row.probe, row.seed) for row in plan.rows)
     sampling, first = plan.sampling, plan.probes[0]
@@ -41,7 +51,7 @@ def forecast_plan(
     step_options = model.step_options(scheduler, sampling.eta, None)
     with scope(model.pipe):
         text = model.text(first.prompt, first.negative_prompt, guided)
-        denoiser = of_model(model, sampling, text)
+        denoiser = trace(sampling, text) if trace else of_model(model, sampling, text)
         found = predict(
             lanes,
             denoiser,
@@ -52,6 +62,7 @@ def forecast_plan(
             own_texts=plan.component == "text_encoder",
             itemsize=model.dtype.itemsize,
             negatives=[plan.probes[probe].negative_prompt for probe, _ in pairs],
+            memory=memory,
         )
         if not measure:
             return found

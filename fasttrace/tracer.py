@@ -107,8 +107,17 @@ class Tracer(Planner):
         """
         from fasttrace.forecast import forecast_plan
 
-        options = options or getattr(self.engine, "options", None)
-        return forecast_plan(self.model, plan, options, measure=measure)
+        if not isinstance(self.engine, FastEngine):
+            return forecast_plan(self.model, plan, options, measure=measure)
+        engine = self.engine
+        return forecast_plan(
+            self.model,
+            plan,
+            options or engine.options,
+            measure=measure,
+            trace=engine.denoiser,
+            memory=engine.workshop.memory,
+        )
 
     def trace(
         self,

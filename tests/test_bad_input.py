@@ -62,6 +62,7 @@ PLANS = [
     ({"eta": 2}, "eta 2 is not between 0 and 1"),
     ({"height": 20}, "height 20 is not a positive multiple of 8"),
     ({"width": 0}, "width 0 is not a positive"),
+    ({"height": 80_000, "width": 80_000}, "80000x80000 is larger than any model"),
     ({"window": (0, 99)}, "it makes 3 denoiser calls"),
     ({"window": (2, 1)}, "outside the run"),
     ({"window": (0.2, 3.0)}, "read as fractions"),

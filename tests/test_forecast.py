@@ -1,12 +1,23 @@
 """What is said beforehand is what runs."""
 
+from functools import cache
+
 import pytest
 
-from fasttrace import Tracer
+from fasttrace import Tracer, forecast
 from fasttrace.engine.options import Options
 from fasttrace.errors import UsageError
 from fasttrace.forecast import architecture, forecast_architecture
 from fasttrace.types import Probe
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """An architecture takes seconds to compile, and nothing changes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fasttrace.forecast.architecture", cache(architecture))
+        yield
+
 
 PROBES = [Probe(f"a {word} dog", "dog") for word in ("red", "big", "old")]
 EVERYTHING = Options(clean="cache", budget=1 << 50)
@@ -44,7 +55,7 @@ def test_published_architectures(name, sites, calls, teraflop, plain):
     assert found.useful_flops <= 1.03 * found.bound_flops
     assert found.flops <= 1.1 * found.useful_flops
     assert found.plain_flops / found.bound_flops == pytest.approx(plain, abs=0.001)
-    _, denoiser = architecture(name)
+    _, denoiser = forecast.architecture(name)
     row = denoiser.cost.whole + denoiser.text_cost
     assert row == pytest.approx(teraflop * 1e12, rel=0.01)
 

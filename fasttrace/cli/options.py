@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +30,9 @@ Clean = Annotated[
     str | None, typer.Option("--clean", help="Where lanes read activations: auto, leader or cache.")
 ]
 Lanes = Annotated[int | None, typer.Option("--lanes", help="The most lanes in a batch.")]
+Budget = Annotated[
+    float | None, typer.Option("--budget", help="GiB that clean activations may take.")
+]
 
 COMPONENTS = ("unet", "text_encoder")
 MOST_SEEDS = 100_000
@@ -120,6 +123,18 @@ def parse_components(texts: Sequence[str]) -> list[str]:
             f"--component {unknown[0]!r} is unknown: expected {', '.join(COMPONENTS)} or all."
         )
     return [c for c in COMPONENTS if c in words or "all" in words]
+
+
+def parse_engine(clean: str | None, lanes: int | None, budget: float | None) -> dict[str, Any]:
+    """The fast engine's options that were given, as the fields of `Options`."""
+    if budget is not None and not 0 < budget < 1e6:
+        raise UsageError(f"--budget {budget} is not a positive number of GiB.")
+    given = {
+        "clean": clean,
+        "lanes": lanes,
+        "budget": None if budget is None else int(budget * 2**30),
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def check_text(name: str, text: str) -> str:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fasttrace.cli.options import (
+    Budget,
     Clean,
     Components,
     Json,
     Lanes,
     Sites,
     parse_components,
+    parse_engine,
     parse_windows,
     parse_words,
 )
@@ -46,9 +48,7 @@ def command(
     ] = None,
     clean: Clean = None,
     lanes: Lanes = None,
-    budget: Annotated[
-        float | None, typer.Option(help="GiB that clean activations may take.")
-    ] = None,
+    budget: Budget = None,
     gpu: Annotated[
         str | None, typer.Option(help="For an estimate on paper: A100, H100, RTX 4090, ...")
     ] = None,
@@ -58,14 +58,7 @@ def command(
     from fasttrace.adapters.architectures import ARCHITECTURES
     from fasttrace.engine.options import Options
 
-    chosen: dict[str, Any] = {"clean": clean or "auto"}
-    if lanes is not None:
-        chosen["lanes"] = lanes
-    if budget is not None:
-        if not 0 < budget < 1e6:
-            raise UsageError(f"--budget {budget} is not a positive number of GiB.")
-        chosen["budget"] = int(budget * 2**30)
-    options = Options(**chosen)
+    options = Options(**parse_engine(clean, lanes, budget))
     for name, number in (("--prompts", prompts), ("--seeds", seeds)):
         if number < 1:
             raise UsageError(f"{name} {number} leaves nothing to plan: give 1 or more.")
@@ -173,6 +166,29 @@ def describe(name: str, found: Prediction, *, on_paper: str | None = None) -> li
             how = f"an estimate from the data sheet of a {on_paper}, never measured"
         lines.append(f"  time     about {duration(found.seconds)} in the denoiser ({how})")
     return lines
+
+
+def in_a_line(name: str, found: Prediction) -> str:
+    """What `describe` says, short."""
+    over = 100 * (found.flops / max(1, found.bound_flops) - 1)
+    line = (
+        f"{name}: {found.lanes:,} patched runs in {found.batches:,} batches of up to "
+        f"{found.largest_batch} lanes; {_flops(found.flops)}, {over:.1f} % above the least an "
+        f"exact trace needs; clean activations from {_CLEAN[found.clean]}; about "
+        f"{_bytes(found.peak_bytes)} beside the weights"
+    )
+    if found.seconds is None:
+        return line
+    from fasttrace.cli.progress import duration
+
+    return f"{line}; about {duration(found.seconds)} in the denoiser"
+
+
+_CLEAN = {
+    "cache": "a cache",
+    "leader": "leader lanes",
+    "cache and leader": "a cache and leader lanes",
+}
 
 
 def _clean(found: Prediction) -> str:

@@ -12,21 +12,36 @@ Advance = Callable[[], None]
 EVERY = 15.0  # seconds between lines where stderr is no terminal
 
 
+KNOWN = 0.05  # of all rows: before so many are in, their rate says little
+
+
 @contextmanager
-def progress(total: int, quiet: bool, stream: TextIO | None = None) -> Iterator[Advance]:
-    """Call the yielded function after every row. `total` is what is still to be done."""
+def progress(
+    total: int, quiet: bool, expected: float | None = None, stream: TextIO | None = None
+) -> Iterator[Advance]:
+    """Call the yielded function after every row. `total` is what is still to be done.
+
+    expected: seconds that a plan foretells, which time left is read from until rows tell.
+    """
     stream = stream or sys.stderr
     if quiet or total == 0:
         yield lambda: None
     elif stream.isatty():
-        with _bar(total, stream) as advance:
+        with _bar(total, stream, expected) as advance:
             yield advance
     else:
-        yield _lines(total, stream, time.monotonic)
+        yield _lines(total, stream, time.monotonic, expected)
+
+
+def time_left(done: int, total: int, elapsed: float, expected: float | None) -> float | None:
+    """Seconds. Rows come in bursts behind a pair's clean run, so the first few say nothing."""
+    if done >= KNOWN * total:
+        return (total - done) * elapsed / max(done, 1)
+    return None if expected is None or elapsed >= expected else expected - elapsed
 
 
 @contextmanager
-def _bar(total: int, stream: TextIO) -> Iterator[Advance]:
+def _bar(total: int, stream: TextIO, expected: float | None) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -35,7 +50,6 @@ def _bar(total: int, stream: TextIO) -> Iterator[Advance]:
         ProgressColumn,
         Task,
         TextColumn,
-        TimeRemainingColumn,
     )
     from rich.text import Text
 
@@ -44,13 +58,18 @@ def _bar(total: int, stream: TextIO) -> Iterator[Advance]:
             speed = task.finished_speed or task.speed
             return Text("" if speed is None else rate(speed), style="progress.data.speed")
 
+    class Left(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            left = time_left(int(task.completed), total, task.elapsed or 0.0, expected)
+            text = "" if left is None or task.finished else f"{duration(left)} left"
+            return Text(text, style="progress.remaining")
+
     columns = (
         TextColumn("tracing"),
         BarColumn(),
         MofNCompleteColumn(),
         Rate(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left"),
+        Left(),
     )
     # The rate is over the last two minutes: rows of a pair come in bursts.
     with Progress(*columns, console=Console(file=stream), speed_estimate_period=120) as live:
@@ -58,7 +77,9 @@ def _bar(total: int, stream: TextIO) -> Iterator[Advance]:
         yield lambda: live.advance(task)
 
 
-def _lines(total: int, stream: TextIO, clock: Callable[[], float]) -> Advance:
+def _lines(
+    total: int, stream: TextIO, clock: Callable[[], float], expected: float | None = None
+) -> Advance:
     start = last = clock()
     done = 0
 
@@ -70,7 +91,8 @@ def _lines(total: int, stream: TextIO, clock: Callable[[], float]) -> Advance:
             return
         last = now
         speed = done / max(now - start, 1e-9)
-        left = "" if done == total else f", {duration((total - done) / speed)} left"
+        seconds = None if done == total else time_left(done, total, now - start, expected)
+        left = "" if seconds is None else f", {duration(seconds)} left"
         stream.write(f"{done}/{total} rows, {rate(speed)}{left}\n")
         stream.flush()
 

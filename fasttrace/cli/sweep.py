@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fasttrace.cli.progress import duration, progress
 from fasttrace.errors import UsageError
+from fasttrace.plan.windows import resolve_windows
 from fasttrace.store import Call, Manifest, Shard, Store
 from fasttrace.types import Corruption, Probe
 
@@ -87,8 +88,8 @@ def run(request: Request) -> Outcome:
         left = sum(
             not (row.key in skip or store.done(row.key)) for plan in plans for row in plan.rows
         )
-        _announce(tracer, plans, planned, left, request)
-        with progress(left, request.quiet) as advance:
+        expected = _announce(tracer, plans, planned, left, request)
+        with progress(left, request.quiet, expected) as advance:
             for plan in plans:
                 rows = tracer.iter_rows(
                     plan,
@@ -190,7 +191,8 @@ def _corruption_values(corruption: Corruption) -> dict[str, Any]:
 
 def fixed_values(plans: list[Plan], request: Request) -> dict[str, Any]:
     """What determines scores beside probe, seed and site, by the options' names."""
-    about = plans[0].manifest
+    about, calls = plans[0].manifest, plans[0].calls
+    windows = resolve_windows(request.windows, calls)
     sampling = dict(json.loads(about["sampling"]))
     return {
         "fingerprint": about["fingerprint"],
@@ -199,7 +201,7 @@ def fixed_values(plans: list[Plan], request: Request) -> dict[str, Any]:
         **sampling,
         **_corruption_values(request.corruption),
         "branch": request.branch,
-        "window": [list(w) for w in request.windows] if request.windows else None,
+        "window": None if windows == [(0, calls)] else [list(w) for w in windows],
         "metric": [list(m) if isinstance(m, tuple) else m for m in about["metrics"]],
     }
 
@@ -216,9 +218,12 @@ def not_mine(plans: list[Plan], shard: Shard) -> set[str]:
     return skip
 
 
-def _announce(tracer: Tracer, plans: list[Plan], planned: int, left: int, request: Request) -> None:
+def _announce(
+    tracer: Tracer, plans: list[Plan], planned: int, left: int, request: Request
+) -> float | None:
+    """Say what will run, and what it takes. The seconds it should, where that is known."""
     if request.quiet:
-        return
+        return None
     parts = ", ".join(f"{plan.component} {plan.total}" for plan in plans)
     mine = "" if request.shard.count == 1 else f", shard {request.shard}"
     there = planned - left
@@ -226,6 +231,17 @@ def _announce(tracer: Tracer, plans: list[Plan], planned: int, left: int, reques
         f"{tracer.name}: {planned} rows ({parts}), {plans[0].calls} denoiser calls a run{mine}"
         + (f"; {there} need no work here" if there else "")
     )
+    if request.engine != "fast" or not left:
+        return None
+    from fasttrace.cli.plan import in_a_line
+
+    seconds = 0.0
+    whole = "the whole " if there else ""
+    for plan in plans:
+        found = tracer.forecast(plan)
+        _note(in_a_line(whole + plan.component, found))
+        seconds += found.seconds or 0.0
+    return seconds * left / planned
 
 
 def _note(text: str) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fasttrace.cli.options import (
+    Budget,
     Clean,
     Components,
     Json,
@@ -18,6 +19,7 @@ from fasttrace.cli.options import (
     Sites,
     check_text,
     parse_components,
+    parse_engine,
     parse_seeds,
     parse_shard,
     parse_tokens,
@@ -79,6 +81,7 @@ def command(
     ] = "fast",
     clean: Clean = None,
     lanes: Lanes = None,
+    budget: Budget = None,
     shard: Annotated[str | None, typer.Option(help="The i-th of n processes, i/n.")] = None,
     pictures: Annotated[bool, typer.Option(help="Keep pictures beside the rows.")] = True,
     quiet: Quiet = False,
@@ -122,7 +125,7 @@ def command(
         pictures=pictures,
         quiet=quiet,
         engine=engine,
-        options={k: v for k, v in {"clean": clean, "lanes": lanes}.items() if v is not None},
+        options=parse_engine(clean, lanes, budget),
     )
     outcome = run(request)
     if as_json:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 from fasttrace.engine.cache import size_of
 from fasttrace.engine.compiled import Denoiser
-from fasttrace.engine.options import Options
+from fasttrace.engine.graph.anyrows import AnyRows
+from fasttrace.engine.memory import peak_bytes
+from fasttrace.engine.options import SMALLEST, Options
 from fasttrace.engine.work import Setting, Todo, Work, plan_work, todo_of
 from fasttrace.errors import ModelError, UsageError
 from fasttrace.types import Lane, Patch
@@ -50,10 +53,12 @@ def arrange(
     own_texts: bool,
     itemsize: int,
     negatives: Sequence[str] | None = None,
+    memory: int | None = None,
 ) -> Chunk:
     """lanes: of each pair. linear: whether the schedule is a weighted sum. itemsize: bytes.
 
-    negatives: each pair's negative prompt, to count texts; None is one for all.
+    negatives: each pair's negative prompt, to count texts; None is one for all. memory: bytes that
+    there are; batches are halved until they fit, down to `SMALLEST` lanes.
 
     Raises `ModelError` for a patch whose window lies outside the run.
     """
@@ -97,7 +102,41 @@ def arrange(
             pairs = fitting(kept) if options.clean == "auto" else max(1, fitting(kept))
             if kept and pairs:
                 choices.append(chunk(pairs, kept))
-    return min(choices, key=lambda c: c.work.flops(denoiser) / c.pairs)
+    best = min(choices, key=lambda c: c.work.flops(denoiser) / c.pairs)
+    fewer = replace(options, lanes=max(SMALLEST, options.lanes // 2))
+    if memory is None or fewer == options or memory_of(best, denoiser, itemsize) <= memory:
+        return best
+    return arrange(
+        lanes,
+        denoiser,
+        fewer,
+        calls=calls,
+        guided=guided,
+        linear=linear,
+        own_texts=own_texts,
+        itemsize=itemsize,
+        negatives=negatives,
+        memory=memory,
+    )
+
+
+def memory_of(chunk: Chunk, denoiser: Denoiser, itemsize: int) -> int:
+    """Bytes a chunk takes at its peak: activations of its largest graph, tables, cache."""
+    setting, work = chunk.setting, chunk.work
+    rows = [2 * len(trunk) * setting.branches for trunk in work.trunks]
+    rows += [batch.size * setting.branches for batch in work.batches]
+    rows += [2 + len(s.whole) + sum(s.joins.values()) for s in work.stairs]
+    active = peak_bytes(denoiser.body.at(max(rows)))
+    slots = work.texts + (chunk.own_slots if setting.own_texts else 0)
+    text = sum(prod(shape) for shape in _row_shapes(denoiser.text)) * slots
+    step_rows = setting.calls * (slots if denoiser.step_reads_text else 1)
+    step = sum(prod(shape) for shape in _row_shapes(denoiser.step)) * step_rows
+    return active + (text + step) * itemsize + chunk.cache_bytes
+
+
+def _row_shapes(part: AnyRows) -> list[tuple[int, ...]]:
+    output = next(n for n in part.small.module.graph.nodes if n.op == "output")
+    return [tuple(node.meta["val"].shape[1:]) for node in output.args[0]]
 
 
 def branches_of(patch: Patch, guided: bool) -> tuple[str, ...]:

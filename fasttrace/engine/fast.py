@@ -7,10 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from fasttrace.adapters.pipeline import Model
+from fasttrace.adapters.text import Text
 from fasttrace.engine.base import Finished, Pair
+from fasttrace.engine.compiled import Denoiser
 from fasttrace.engine.job import Job
 from fasttrace.engine.options import Options
 from fasttrace.engine.workshop import Workshop
+from fasttrace.types import Sampling
 
 
 class FastEngine:
@@ -31,6 +34,12 @@ class FastEngine:
     def executed(self) -> int:
         """FLOPs of all runs so far."""
         return self.workshop.executed
+
+    def denoiser(self, sampling: Sampling, text: Text) -> Denoiser:
+        """The compiled denoiser, up to date with the model."""
+        if not self._busy:
+            self.workshop.renew()
+        return self.workshop.denoiser(sampling, text)
 
     def run(self, pairs: Sequence[Pair]) -> Iterator[Finished]:
         if self._busy:

@@ -74,7 +74,7 @@ class Job:
         options = model.step_options(self.scheduler, self.sampling.eta, first.start.generator())
         self.schedule = read_schedule(self.scheduler, options)
         self.calls = self.schedule.calls
-        self.denoiser = workshop.denoiser(first)
+        self.denoiser = workshop.denoiser(first.sampling, first.texts[CLEAN])
         self.of_text = first.lane_texts is not None
         self._arrange(pairs)
 
@@ -89,6 +89,7 @@ class Job:
             linear=self.schedule.linear,
             own_texts=self.of_text,
             itemsize=self.model.dtype.itemsize,
+            memory=self.workshop.memory,
         )
         self.pairs = list(pairs[: chunk.pairs])
         self.texts = Texts(self.model, self.sampling, self.pairs)

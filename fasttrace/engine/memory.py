@@ -1,9 +1,11 @@
-"""How much memory a graph needs while it runs, from shapes and the order of its ops."""
+"""How much memory a graph needs while it runs, from shapes alone, and how much there is."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from fasttrace.engine.graph.capture import Graph
@@ -38,6 +40,29 @@ def peak_bytes(graph: Graph) -> int:
             most = max(most, now)
         now -= sum(size_of(done.meta.get("val")) for done in ends.get(i, ()))
     return most
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """What can still be allocated there; None where the system doesn't say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return None
+    found = []
+    lines = _lines("/proc/meminfo")
+    found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    # A container's own limit.
+    most, used = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if most and used and most[0].isdecimal():
+        found.append(int(most[0]) - int(used[0]))
+    return min(found, default=None)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return []
 
 
 def size_of(value: Any) -> int:

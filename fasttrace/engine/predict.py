@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 
-from fasttrace.engine.arrange import Chunk, arrange
+from fasttrace.engine.arrange import Chunk, arrange, memory_of
 from fasttrace.engine.compiled import Denoiser
 from fasttrace.engine.flops import count
-from fasttrace.engine.memory import peak_bytes
 from fasttrace.engine.options import Options
 from fasttrace.engine.work import bound
 from fasttrace.types import Lane
@@ -70,10 +68,11 @@ def predict(
     own_texts: bool = False,
     itemsize: int = 4,
     negatives: Sequence[str] | None = None,
+    memory: int | None = None,
 ) -> Prediction:
     """lanes: of each pair; the engine is given so many together as `options.pairs` says.
 
-    negatives: each pair's negative prompt; None is one for all.
+    negatives: each pair's negative prompt; None is one for all. memory: as of `arrange`.
     """
     chunks: list[Chunk] = []
     for group in range(0, len(lanes), options.pairs):
@@ -89,6 +88,7 @@ def predict(
                 own_texts=own_texts,
                 itemsize=itemsize,
                 negatives=negatives and negatives[start:stop],
+                memory=memory,
             )
             chunks.append(chunk)
             start += chunk.pairs
@@ -124,29 +124,21 @@ def _clean(chunks: Sequence[Chunk]) -> str:
     return "cache and leader" if True in kept else "cache"
 
 
-def memory_of(chunk: Chunk, denoiser: Denoiser, itemsize: int) -> int:
-    """Bytes a chunk takes at its peak: activations of its largest graph, tables, cache."""
-    setting, work = chunk.setting, chunk.work
-    rows = [2 * len(trunk) * setting.branches for trunk in work.trunks]
-    rows += [batch.size * setting.branches for batch in work.batches]
-    rows += [2 + len(s.whole) + sum(s.joins.values()) for s in work.stairs]
-    body = denoiser.body.at(max(rows))
-    active = peak_bytes(body)
-    slots = work.texts + (chunk.own_slots if setting.own_texts else 0)
-    text = sum(prod(shape) for shape in _row_shapes(denoiser.text)) * slots
-    step_rows = setting.calls * (slots if denoiser.step_reads_text else 1)
-    step = sum(prod(shape) for shape in _row_shapes(denoiser.step)) * step_rows
-    return active + (text + step) * itemsize + chunk.cache_bytes
+def calibrate(denoiser: Denoiser, rows: int, seconds: float = 0.5) -> float:
+    """FLOP/s of the body at so many rows, or fewer where that takes long, where the weights are.
+
+    seconds: what one measurement may take; rows are doubled until it does.
+    """
+    tried = min(2, rows)
+    while True:
+        rate, took = _rate(denoiser, tried)
+        if tried == rows or 2 * took > seconds:
+            return rate
+        tried = min(2 * tried, rows)
 
 
-def _row_shapes(part: object) -> list[tuple[int, ...]]:
-    graph = part.small  # type: ignore[attr-defined]
-    output = next(n for n in graph.module.graph.nodes if n.op == "output")
-    return [tuple(node.meta["val"].shape[1:]) for node in output.args[0]]
-
-
-def calibrate(denoiser: Denoiser, rows: int, calls: int = 2) -> float:
-    """FLOP/s of the body at so many rows, on the device the weights are on."""
+def _rate(denoiser: Denoiser, rows: int, calls: int = 2) -> tuple[float, float]:
+    """FLOP/s, and the seconds it took."""
     device = next(iter(denoiser.weights.values())).device
     graph = denoiser.body.at(rows)
     places = [n for n in graph.module.graph.nodes if n.op == "placeholder"]
@@ -163,7 +155,8 @@ def calibrate(denoiser: Denoiser, rows: int, calls: int = 2) -> float:
         for _ in range(calls):
             graph(values)
         _wait(device)
-    return calls * count(graph) / (time.perf_counter() - start)
+    took = time.perf_counter() - start
+    return calls * count(graph) / took, took
 
 
 def _wait(device: torch.device) -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from fasttrace.adapters.pipeline import Model
-from fasttrace.engine.base import CLEAN, Pair
+from fasttrace.adapters.text import Text
 from fasttrace.engine.cache import Cache
 from fasttrace.engine.compiled import Denoiser, Tables, of_model
+from fasttrace.engine.memory import available_bytes
 from fasttrace.engine.options import Options
 from fasttrace.engine.runners import Ground, check_runner
 from fasttrace.engine.stale import structure_of
 from fasttrace.errors import UsageError
+from fasttrace.types import Sampling
+
+SHARE = 0.8  # of the free memory: decoding and what ops take for themselves come on top
 
 
 class Workshop:
@@ -38,6 +43,12 @@ class Workshop:
         self._tables: Tables | None = None
         self._kept: dict[Any, Any] = {}
 
+    @cached_property
+    def memory(self) -> int | None:
+        """Bytes that were free before the first job; steps and caches are kept and used again."""
+        free = available_bytes(self.model.device)
+        return None if free is None else int(SHARE * free)
+
     @property
     def executed(self) -> int:
         """FLOPs so far."""
@@ -51,9 +62,8 @@ class Workshop:
             self.forget()
             self._structure = structure
 
-    def denoiser(self, pair: Pair) -> Denoiser:
+    def denoiser(self, sampling: Sampling, text: Text) -> Denoiser:
         """Traced once for a picture size and a shape of text."""
-        sampling, text = pair.sampling, pair.texts[CLEAN]
         key = (sampling.height, sampling.width, tuple(text.cond.shape))
         if key not in self._denoisers:
             self._denoisers[key] = of_model(self.model, sampling, text)

@@ -13,6 +13,7 @@ from fasttrace.types import Branch, Corruption, CorruptionKind, Probe, Sampling
 
 COMPONENTS = ("unet", "text_encoder")
 _LARGEST_SEED = 2**63 - 1
+MOST_PIXELS = 2**26
 
 
 def parse_choice(word: str, choices: Sequence[str], what: str) -> str:
@@ -84,6 +85,11 @@ def parse_sampling(
         unit = math.lcm(8, int(model.pipe.vae_scale_factor))
         if not _whole(values[name]) or values[name] < unit or values[name] % unit:
             raise UsageError(f"The {name} {values[name]!r} is not a positive multiple of {unit}.")
+    if values["height"] * values["width"] > MOST_PIXELS:
+        raise UsageError(
+            f"A picture of {values['height']}x{values['width']} is larger than any model of this "
+            f"kind draws (at most {MOST_PIXELS // 2**20} million pixels)."
+        )
     if not _number(values["guidance"]) or values["guidance"] < 0:
         raise UsageError(
             f"The guidance {values['guidance']!r} is not a finite number of 0 or more."

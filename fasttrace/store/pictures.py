@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 from fasttrace.errors import StoreError
 from fasttrace.store.disk import write_atomic
 
+_log = logging.getLogger(__name__)
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 
 
@@ -46,7 +48,7 @@ def save_picture(folder: Path, name: str, picture: Any) -> Path:
 
 
 def open_picture(folder: Path, name: str) -> Image.Image | None:
-    """The picture, or None where the file is missing. Raises `StoreError` where it is damaged."""
+    """The picture, or None where the file is missing or damaged: a report shows the rest."""
     path = picture_path(folder, name)
     if not path.is_file():
         return None
@@ -54,7 +56,5 @@ def open_picture(folder: Path, name: str) -> Image.Image | None:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
-        raise StoreError(
-            f"{path} can't be read as a picture ({error}). Delete the file; the report then says "
-            "that it is missing."
-        ) from error
+        _log.warning("%s can't be read as a picture (%s); going on without it", path, error)
+        return None

@@ -28,6 +28,7 @@ def fake_tracer(monkeypatch, fakes):
     """The whole command with a tracer that needs no model; `.before_row` may do mischief."""
     import fasttrace
     from fasttrace.cli import sweep
+    from fasttrace.engine.predict import Prediction
 
     class FakeTracer:
         name = "fake"
@@ -74,6 +75,13 @@ def fake_tracer(monkeypatch, fakes):
                     "versions": {"fasttrace": "0.1.0"},
                 },
             )
+
+        def forecast(self, plan):
+            return Prediction(
+                calls=4, lanes=plan.total, pairs=1, batches=1, largest_batch=48, flops=1010,
+                useful_flops=1000, bound_flops=1000, plain_flops=1100, peak_bytes=2**20,
+                cache_bytes=0, clean="leader", pruned_batches=0, shared_calls=0, seconds=60.0,
+            )  # fmt: skip
 
         def iter_rows(self, plan, *, done, pictures):
             for number, planned in enumerate(plan.rows):

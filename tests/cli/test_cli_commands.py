@@ -36,6 +36,8 @@ def test_traces_and_says_where(trace, tmp_path: Path):
     assert code == 0
     assert out == f"Look at it: fasttrace report {tmp_path / 'out'}\n"
     assert "24 rows (unet 12, text_encoder 12), 4 denoiser calls a run" in err
+    assert "unet: 12 patched runs in 1 batches of up to 48 lanes" in err
+    assert "1.0 % above the least" in err
     assert "24/24 rows" in err
     assert len(read_rows(tmp_path / "out")) == 24
     assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) > 3

@@ -111,7 +111,8 @@ def test_joining_rows_are_patched_rows(setup):
 
 def test_a_pruned_graph_is_the_patched_one(setup):
     _, denoiser, values = setup
-    for site in [m.name for m in denoiser.marks.values() if m.kind == "output"][::3]:
+    sites = [m.name for m in denoiser.marks.values() if m.kind == "output"]
+    for site in sites[:: len(sites) // 8]:
         shape = denoiser.marks[site].shape
         source = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
         index = torch.tensor([4, 0, 0, 3, 1, 2, 4])

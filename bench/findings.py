@@ -1,7 +1,7 @@
 """The numbers of docs/findings.md: `python bench/findings.py DIR [--metric clip_score]`.
 
-DIR holds a trace of the UNet and the text encoder (`make demo-full`). Values are normalised
-effects in percent: 100 is the clean run's score, 0 the corrupt run's. Prints Markdown.
+DIR holds a trace of the UNet, the text encoder, or both (docs/findings.md says how). Values are
+normalised effects in percent: 100 is the clean run's score, 0 the corrupt run's. Prints Markdown.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ def targets(rows: Sequence[Row]) -> str:
     limits = {"sd15": 1.03, "sdxl": 1.03, "bundled": 1.05}
     for row in rows:
         if row.way == PLANNED and row.bound_flops and row.useful_flops and row.flops:
-            limit = limits[row.workload] if row.steps > 4 else 1.05
+            limit = limits.get(row.workload, 1.05) if row.steps > 4 else 1.05
             name = f"{row.workload}, {row.sweep}"
             lines += [
                 (f"useful / bound: {name}", "<=", limit, row.useful_flops / row.bound_flops),

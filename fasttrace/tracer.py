@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from fasttrace.adapters.scope import scope
 from fasttrace.adapters.text import encode_cond
 from fasttrace.engine.base import CLEAN, CORRUPT, Engine, Pair
 from fasttrace.engine.fast import FastEngine
+from fasttrace.engine.options import Options
 from fasttrace.engine.reference import ReferenceEngine
 from fasttrace.engine.text_lanes import TextLanes
 from fasttrace.errors import UsageError
@@ -24,7 +26,6 @@ from fasttrace.rows import PairRows, Pictures, RowWriter, Scorer, lanes_of, rows
 from fasttrace.types import Probe, Row
 
 if TYPE_CHECKING:
-    from fasttrace.engine.options import Options
     from fasttrace.engine.predict import Prediction
     from fasttrace.report.result import Result
 
@@ -53,6 +54,8 @@ class Tracer(Planner):
         super().__init__(Model(pipe), engine)
         if options and engine != "fast":
             raise UsageError(f"The reference engine takes no options ({', '.join(options)}).")
+        for name in options:
+            parse_choice(name, [f.name for f in fields(Options)], "option")
         self.engine = ENGINES[engine](self.model, **options)
 
     def iter_rows(
@@ -135,6 +138,7 @@ class Tracer(Planner):
 
         `rest` are the arguments of `plan`. One row per (probe, seed, site[, token, window]).
         """
+        _check_names(rest, self.trace, self.plan)
         if isinstance(prompt, str):
             if subject is None:
                 raise UsageError("Name the subject: the words of the prompt to destroy.")
@@ -163,6 +167,7 @@ class Tracer(Planner):
         clean - score: what of the way from prompt to other prompt those layers carry.
         `rest` are the arguments of `plan_swap`; a metric may want the subject.
         """
+        _check_names(rest, self.swap, self.plan_swap)
         if isinstance(prompt, str):
             prompt = Probe(prompt, subject, attribute, negative_prompt=negative_prompt)
         elif subject or attribute or negative_prompt:
@@ -216,3 +221,11 @@ class Tracer(Planner):
 
     def _inside(self) -> AbstractContextManager[None]:
         return scope(self.model.pipe)
+
+
+def _check_names(given: Iterable[str], *takers: Callable[..., Any]) -> None:
+    """Raise `UsageError` for a name that is no keyword of any of them."""
+    taken = [p for taker in takers for p in inspect.signature(taker).parameters.values()]
+    known = dict.fromkeys(p.name for p in taken if p.kind is p.KEYWORD_ONLY)
+    for name in given:
+        parse_choice(name, tuple(known), "argument")

@@ -138,6 +138,30 @@ def test_unknown_engine(sd):
         Tracer(sd, engine="fst")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lanes": 4.5}, "lanes is a whole number of 0 or more, not 4.5"),
+        ({"lanes": "8"}, "lanes is a whole number of 0 or more, not '8'"),
+        ({"pairs": True}, "pairs is a whole number"),
+        ({"budget": -5}, "budget is a whole number of 0 or more, not -5"),
+        ({"foo": 1}, "Unknown option 'foo'; expected clean, home"),
+        ({"lane": 8}, "Unknown option 'lane'.*Did you mean 'lanes'"),
+    ],
+)
+def test_options_of_the_engine(sd, options, words):
+    with pytest.raises(UsageError, match=words):
+        Tracer(sd, **options)
+
+
+def test_unknown_arguments(tracer):
+    words = "Unknown argument 'stepz'.*Did you mean 'steps'"
+    with pytest.raises(UsageError, match=words):
+        tracer.trace("a dog", "dog", stepz=1)
+    with pytest.raises(UsageError, match=words):
+        tracer.swap("a dog", "a cat", stepz=1)
+
+
 class TestLoading:
     @pytest.mark.parametrize("use", [load, list_sites])
     @pytest.mark.parametrize(
@@ -194,6 +218,18 @@ class TestLoading:
             (folder / "fasttrace.json").write_text(text)
             with pytest.raises(ModelError, match="is not of the form"):
                 Tracer(load(str(folder))).plan(DOG, metric="latent_recovery")
+
+    def test_importing_gives_no_advice(self):
+        code = (
+            "from transformers.utils import logging\n"
+            "import fasttrace\n"
+            "before = logging.get_verbosity()\n"
+            "fasttrace.load('embedded')\n"
+            "assert logging.get_verbosity() == before"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0
+        assert "torchvision" not in done.stderr
 
     def test_an_offline_hub(self):
         code = (
@@ -303,6 +339,15 @@ class TestReadiness:
     def test_offloaded(self, broken):
         broken.unet.conv_in._hf_hook = object()
         self.refused(broken, "is offloaded")
+
+    @pytest.mark.parametrize("part", ["unet", "text_encoder"])
+    def test_mixed_dtypes(self, broken, part):
+        getattr(broken, part).half()
+        self.refused(broken, rf"mixes dtypes \(.*{part} in float16.*dtype=torch\.float32")
+
+    def test_the_vae_has_a_dtype_of_its_own(self, broken):
+        broken.vae.double()
+        Tracer(broken)
 
     def test_inpainting(self, broken):
         broken.unet.register_to_config(in_channels=9)

@@ -29,7 +29,14 @@ def load(name: str, *, dtype: str | torch.dtype = "float32", device: str = "cpu"
     """
     place, kind = parse_device(device), parse_dtype(dtype)
     source = resolve(name)
-    from diffusers import DiffusionPipeline
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the import warns that torchvision, not needed here, is absent
+    try:
+        from diffusers import DiffusionPipeline, StableDiffusionPipeline  # noqa: F401
+    finally:
+        logging.set_verbosity(verbosity)
 
     read: Any = DiffusionPipeline.from_pretrained
 

@@ -35,6 +35,7 @@ def check_ready(pipe: Any) -> None:
         )
     _check_unet(pipe.unet, pipe.vae)
     _check_resident(pipeline_modules(pipe))
+    _check_dtypes(pipeline_modules(pipe))
     _check_scheduler(pipe.scheduler)
 
 
@@ -85,6 +86,21 @@ def _check_resident(parts: dict[str, nn.Module]) -> None:
     if len(devices) > 1:
         where = ", ".join(f"{n} on {'+'.join(sorted(d))}" for n, d in places.items())
         raise ModelError(f"The pipeline is spread over devices ({where}); call pipe.to(device).")
+
+
+def _check_dtypes(parts: dict[str, nn.Module]) -> None:
+    """The VAE may have its own: SDXL's is wider than the rest."""
+    found = {}
+    for name in ("unet", "text_encoder", "text_encoder_2"):
+        weights = parts[name].parameters() if name in parts else ()
+        kinds = [p.dtype for p in weights if p.is_floating_point()]
+        if kinds:
+            found[name] = str(kinds[0]).removeprefix("torch.")
+    if len(set(found.values())) > 1:
+        what = ", ".join(f"{name} in {dtype}" for name, dtype in found.items())
+        raise ModelError(
+            f"The pipeline mixes dtypes ({what}); load it with one, such as dtype=torch.float32."
+        )
 
 
 def _check_scheduler(scheduler: Any) -> None:

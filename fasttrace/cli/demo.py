@@ -14,6 +14,7 @@ from fasttrace.cli.options import COMPONENTS, Json, Out, Quiet
 from fasttrace.types import Corruption, Probe
 
 if TYPE_CHECKING:
+    from fasttrace.report.result import Result
     from fasttrace.report.statistics import SiteEffect
     from fasttrace.store.probes import ProbeEntry
 
@@ -74,7 +75,7 @@ def command(
         about = {**vars(outcome), "report": str(page), "seconds": seconds}
         print(json.dumps({**about, "causal": [as_dict(effect) for effect in causal]}))
         return
-    _print(causal)
+    _print(result, causal)
     print(f"\n{seconds:.0f} s. The report: {page}")
 
 
@@ -92,18 +93,20 @@ def choose(entries: list[ProbeEntry], full: bool) -> dict[Probe, list[int]]:
     return found
 
 
-def _print(causal: list[SiteEffect]) -> None:
-    from fasttrace.report.names import component_words, components_in_order, in_order
-    from fasttrace.report.text import chance, percent
+def _print(result: Result, causal: list[SiteEffect]) -> None:
+    from fasttrace.report.names import component_words, in_order
+    from fasttrace.report.text import chance, percent, share_interval, why_none
 
-    for group in in_order(e.group for e in causal):
-        for component in components_in_order(e.component for e in causal):
+    for group in in_order(row.attribute for row in result.rows):
+        for component in result.components:
             own = [e for e in causal if e.group == group and e.component == component]
             if not own:
-                print(f"\n{group}, {component_words(component)}: nothing above the noise floor")
+                rows = result.where(attribute=group, component=component).rows
+                why = why_none(rows, result.minimum)
+                print(f"\n{group}, {component_words(component)}: no causal site, {why}")
                 continue
             print(f"\n{group}, {component_words(component)} (n = {own[0].prompts} prompts)")
             for number, e in enumerate(own, start=1):
                 place = e.site if e.selector == "all" else f"{e.site} @ {e.selector}"
-                mark = f"  {e.interval_text}  {chance(e)}" if e.low is not None else ""
+                mark = f"  {share_interval(e)}  {chance(e)}" if e.low is not None else ""
                 print(f"  {number}. {percent(e.normalised):>6}  {place}{mark}")

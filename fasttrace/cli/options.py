@@ -120,7 +120,8 @@ def parse_components(texts: Sequence[str]) -> list[str]:
     unknown = [word for word in words if word not in (*COMPONENTS, "all")]
     if unknown:
         raise UsageError(
-            f"--component {unknown[0]!r} is unknown: expected {', '.join(COMPONENTS)} or all."
+            f"--component {unknown[0]!r} is unknown: expected unet, text_encoder (every text "
+            "encoder) or all."
         )
     return [c for c in COMPONENTS if c in words or "all" in words]
 

@@ -153,7 +153,8 @@ def describe(name: str, found: Prediction, *, on_paper: str | None = None) -> li
     lines = [
         f"{name}: {found.lanes:,} patched runs of {found.calls} denoiser calls",
         f"  work     {_flops(found.flops)}: {over:.1f} % above the least an exact trace needs",
-        f"           ({_flops(found.bound_flops)}); a whole run a site would be {plain:.1f} %",
+        f"           ({_flops(found.bound_flops)}); a whole run a site would be {plain:.1f} %, had",
+        "           it every clean activation at hand",
         f"  batches  {batches}",
         f"  clean    {_clean(found)}",
         f"  memory   about {_bytes(found.peak_bytes)} beside the weights",
@@ -163,7 +164,7 @@ def describe(name: str, found: Prediction, *, on_paper: str | None = None) -> li
 
         how = "measured on a few calls here"
         if on_paper:
-            how = f"an estimate from the data sheet of a {on_paper}, never measured"
+            how = f"an estimate from the data sheet of the {on_paper}, never measured"
         lines.append(f"  time     about {duration(found.seconds)} in the denoiser ({how})")
     return lines
 

@@ -78,7 +78,7 @@ def command(
         return
     if not quiet:
         print(summary(kept))
-        print(top_table(causal))
+        print(top_table(kept, causal, minimum))
     print(page)
 
 

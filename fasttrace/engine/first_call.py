@@ -34,14 +34,18 @@ class FirstCall:
         self.rows = first + sum(joins.values())
         self.flops = count(self.graph)
         self.dtype = dtype
-        self.copy_row = self.rows - 1
+        # The corrupt copies that join with the first and with the last site, where any joins.
+        self.copy_rows = (1, self.rows - 1)
+        if joins:
+            early = first + next(iter(joins.values())) - 1
+            self.copy_rows = (early - (len(joins) == 1), self.rows - 1)
 
     def lane_rows(self, stairs: Stairs) -> list[int]:
         """Rows of the joining lanes, site by site, then of the others."""
         at, found = self.first, list[int]()
-        for _, lanes in stairs.joining:
+        for site, lanes in stairs.joining:
             found += range(at, at + len(lanes))
-            at += len(lanes)
+            at += self.joins[site]
         return found + list(range(2, 2 + len(stairs.whole)))
 
     def run(

@@ -281,7 +281,9 @@ class Job:
             (pair, lane): after[:, row : row + 1].clone()
             for row, lane in zip(climb.lane_rows(stairs), lanes, strict=True)
         }
-        copies = [after[:, 1:2], after[:, climb.copy_row : climb.copy_row + 1]]
+        # Of another base than the corrupt run there is but its own row.
+        places = climb.copy_rows if base == CORRUPT else (1, 1)
+        copies = [after[:, row : row + 1] for row in places]
         return found, copies
 
     @torch.no_grad()

@@ -13,13 +13,14 @@ SMALLEST = 4  # lanes: a leader, two copies of the corrupt run, one patched lane
 
 @dataclass(frozen=True)
 class Options:
-    """How lanes are run. None of it changes a score beyond the noise floor.
+    """How lanes are run. None of it changes what is computed, only how sums are rounded.
 
     clean: where lanes read activations, "leader" (the source is a lane of every batch: nothing is
     stored), "cache" (recorded once) or "auto" (recorded as far as `budget` bytes reach).
     home: where the cache lies, "device" or "host" (pinned, fetched ahead). lanes: the most in a
-    batch. runner: see `runners.RUNNERS`; None is a CUDA graph on CUDA, else the graph's code.
-    pairs: the most whose lanes are run together. pruning, sharing: leave out what a replaced site
+    batch; 26 are 24 pairs at one site and two copies, and 32 or 48 were no faster on a CPU.
+    runner: see `runners.RUNNERS`; None is a CUDA graph on CUDA, else the graph's code. pairs: the
+    most whose lanes are run together. pruning, sharing: leave out what a replaced site
     makes superfluous, and what lanes have in common at the call they open at. staged: read the
     cache through staging slots, as captured graphs have to; None is where they are.
     """
@@ -27,7 +28,7 @@ class Options:
     clean: str = "auto"
     home: str = "device"
     runner: str | None = None
-    lanes: int = 48
+    lanes: int = 26
     pairs: int = 24
     budget: int = 1 << 30
     pruning: bool = True
@@ -39,6 +40,10 @@ class Options:
             if getattr(self, name) not in known:
                 given = getattr(self, name)
                 raise UsageError(f"{name} is one of {', '.join(known)}, not {given!r}.")
+        for name in ("lanes", "pairs", "budget"):
+            given = getattr(self, name)
+            if not isinstance(given, int) or isinstance(given, bool) or given < 0:
+                raise UsageError(f"{name} is a whole number of 0 or more, not {given!r}.")
         if self.lanes < SMALLEST:
             raise UsageError(
                 f"A batch has at least {SMALLEST} lanes (a leader, two copies of the corrupt run "

@@ -70,7 +70,7 @@ class Stairs:
     """One shared call of lanes of one pair; `joins` in execution order, then lanes from the start.
 
     Rows: clean, corrupt, `whole` (their text differs, so they share nothing), then each of
-    `joining`, and last a copy of the corrupt run that joins with the last site.
+    `joining`; with its first and its last site joins a copy of the corrupt run, behind its lanes.
     """
 
     pair: int
@@ -81,8 +81,8 @@ class Stairs:
     @property
     def joins(self) -> dict[str, int]:
         found = {site: len(lanes) for site, lanes in self.joining}
-        if found:
-            found[self.joining[-1][0]] += 1  # the corrupt copy
+        for site, _ in self.joining[:1] + self.joining[-1:]:
+            found[site] += 1  # a corrupt copy
         return found
 
     @property
@@ -285,7 +285,7 @@ def stairs_of(
     setting: Setting,
 ) -> list[Stairs]:
     """One shared call in parts of as many rows as a full batch has. joining: (site, lane)."""
-    most = max(1, setting.branches * setting.lanes - 3)  # beside clean, corrupt and a copy
+    most = max(1, setting.branches * setting.lanes - 4)  # beside clean, corrupt and two copies
     found = [Stairs(pair, call, tuple(part), ()) for part in _parts(whole, most)]
     for part in _parts(joining, most):
         by_site: dict[str, list[int]] = {}

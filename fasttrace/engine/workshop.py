@@ -19,7 +19,8 @@ from fasttrace.engine.stale import structure_of
 from fasttrace.errors import UsageError
 from fasttrace.types import Sampling
 
-SHARE = 0.8  # of the free memory: decoding and what ops take for themselves come on top
+# Of the free memory: decoding comes on top, and on a CPU what the allocator doesn't give back.
+SHARE = {"cuda": 0.8, "cpu": 0.4}
 
 
 class Workshop:
@@ -47,7 +48,7 @@ class Workshop:
     def memory(self) -> int | None:
         """Bytes that were free before the first job; steps and caches are kept and used again."""
         free = available_bytes(self.model.device)
-        return None if free is None else int(SHARE * free)
+        return None if free is None else int(SHARE[self.model.device.type] * free)
 
     @property
     def executed(self) -> int:

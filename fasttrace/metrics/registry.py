@@ -176,6 +176,8 @@ def from_callable(function: Callable[..., Any]) -> Metric:
     `Metric` with a key of its own where that matters.
     """
     name = getattr(function, "__qualname__", type(function).__name__)
+    if name.endswith("<lambda>"):
+        name = "lambda"
     try:
         takes = [
             p

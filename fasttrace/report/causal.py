@@ -32,32 +32,39 @@ def fit_threshold(
     by_cell: dict[tuple[str, str], list[CausalLabel]] = {}
     for label in labels:
         by_cell.setdefault((label.site, label.selector), []).append(label)
-    column = {"score": "score", "effect": "effect", "normalised": "normalised_effect"}[scale]
     lowest = inf
-    for (site, selector), members in by_cell.items():
+    for members in by_cell.values():
         if not all(label.causal for label in members):
             continue
-        per_prompt = []
-        for label in members:
-            values = [
-                getattr(row, column)
-                for row in rows
-                if (row.site, row.selector, row.prompt) == (site, selector, label.prompt)
-            ]
-            values = [value for value in values if value is not None]
-            if not values:
-                raise UsageError(
-                    f"the validation set labels {site} ({selector}) for {label.prompt!r}, but the "
-                    "results hold no such row."
-                )
-            per_prompt.append(sum(values) / len(values))
-        lowest = min(lowest, sum(per_prompt) / len(per_prompt))
+        labelled = [_rows_of(label, rows) for label in members]
+        value = _mean(labelled, "score" if scale == "score" else "effect")
+        if scale == "normalised":
+            total = _mean(labelled, "total_effect")
+            value = value / total if total > 0 else inf
+        lowest = min(lowest, value)
     if lowest == inf:
         raise UsageError(
             "no site of the validation set is judged causal for all of its prompts, so no "
             "threshold follows from it. Label more sites, or give a threshold."
         )
     return lowest
+
+
+def _rows_of(label: CausalLabel, rows: Sequence[Row]) -> list[Row]:
+    cell = (label.site, label.selector, label.prompt)
+    found = [row for row in rows if (row.site, row.selector, row.prompt) == cell]
+    if not found:
+        raise UsageError(
+            f"the validation set labels {label.site} ({label.selector}) for {label.prompt!r}, but "
+            "the results hold no such row."
+        )
+    return found
+
+
+def _mean(prompts: list[list[Row]], column: str) -> float:
+    """Mean over prompts of the mean over their rows."""
+    means = [sum(getattr(row, column) for row in rows) / len(rows) for rows in prompts]
+    return float(sum(means) / len(means))
 
 
 def causal_set(
@@ -69,8 +76,11 @@ def causal_set(
 ) -> list[SiteEffect]:
     """Sites of each (group, metric, component) at or above `threshold`, at most `top`, best first.
 
-    Never one at or below the noise floor, nor one that was not run.
+    Best is the largest normalised effect, which is what pictures and tables show; `scale` is that
+    of the threshold. Never one at or below the noise floor, nor one that was not run.
     """
+    if top is not None and top < 1:
+        raise UsageError(f"top = {top} leaves no site: give 1 or more.")
     tables: dict[tuple[str, str, str], list[SiteEffect]] = {}
     for effect in effects:
         tables.setdefault((effect.group, effect.metric, effect.component), []).append(effect)
@@ -80,6 +90,6 @@ def causal_set(
         fit = [e for e in fit if not isnan(e.value(scale))]
         if threshold is not None:
             fit = [e for e in fit if e.value(scale) >= threshold]
-        fit.sort(key=lambda e: (-e.value(scale), e.site_index))
+        fit.sort(key=lambda e: (-e.normalised, e.site_index))
         chosen += fit[:top]
     return chosen

@@ -175,12 +175,18 @@ def u_shape(effects: Sequence[SiteEffect], limit: float, ranks: Ranks, spots: Sp
     ordered = sorted(effects, key=_order)
     ups = up_blocks([e.site for e in ordered])
     levels = 1 + max((depth(e.site, ups) for e in ordered), default=0)
-    width, tall, drop = 440.0, 30.0, 17.0
+    width, tall, drop, foot = 440.0, 30.0, 17.0, 18.0
     step = width / len(ordered)
-    chart = Chart(width, tall + drop * (levels - 1) + 4)
+    height = tall + drop * (levels - 1) + 4 + foot
+    chart = Chart(width, height)
+    ways: dict[str, list[int]] = {}
     for i, e in enumerate(ordered):
         box = (i * step, 2 + drop * depth(e.site, ups), step * 0.9, tall)
         chart.cells.append(_cell(e, box, limit, ranks, spots))
+        ways.setdefault(block(e.site).split(" ")[0], []).append(i)
+    for way, places in ways.items():
+        middle = (places[0] + places[-1] + 1) / 2 * step
+        chart.labels.append(Label(middle, height - foot / 2 + 2, way, "middle", "block"))
     return chart
 
 

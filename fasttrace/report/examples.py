@@ -11,6 +11,7 @@ from fasttrace.report.images import Sheet, data_uri, sheet
 from fasttrace.report.names import component_words, components_in_order, words
 from fasttrace.report.result import Result
 from fasttrace.report.statistics import counts
+from fasttrace.report.text import why_left_out
 from fasttrace.types import Row, pair_pictures
 
 CARD_SIDE, SHEET_SIDE = 200, 96
@@ -32,7 +33,7 @@ class Example:
     subject: str
     seed: int
     metric: str
-    counted: bool
+    left_out: str  # why it is in no mean; empty where it is
     pictures: list[Picture]
     sheets: list[tuple[str, str, Sheet]] = field(default_factory=list)  # id, component, sheet
 
@@ -55,7 +56,7 @@ def example_of(
         first.subject,
         first.seed,
         first.metric,
-        counts(first, minimum),
+        "" if counts(first, minimum) else why_left_out(first),
         pictures,
     )
     for component in components_in_order(row.component for row in pair):

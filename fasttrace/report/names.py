@@ -23,6 +23,8 @@ COMPONENT_WORDS = {
     "text_encoder_2": "Second text encoder",
 }
 ATTRIBUTES = ("object", "style", "colour", "action")  # this order first, others after them
+# Their output includes what came in: restoring it replaces everything that passes there.
+WHOLE_STREAM = ("resnet", "transformer", "block", "hidden")
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)")
 _MODULE = re.compile(r"(resnets|attentions)\.(\d+)")
 _TRANSFORMER = re.compile(r"transformer_blocks\.(\d+)")

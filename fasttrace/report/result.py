@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from fasttrace.report.statistics import (
     default_minimum,
     prompt_key,
 )
+from fasttrace.report.text import site_table, summary, top_table
 from fasttrace.store.manifest import Call
 from fasttrace.store.pictures import open_picture, to_image
 from fasttrace.store.schema import FIELDS, rows_to_table
@@ -33,7 +35,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_log = logging.getLogger(__name__)
 DEFAULT_TOP = 5
+
+
+class SiteEffects(list[SiteEffect]):
+    """A list that prints as a table."""
+
+    def __repr__(self) -> str:
+        return site_table(self) if self else "[]"
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ class Result:
     ) -> None:
         self.rows: tuple[Row, ...] = tuple(rows)
         self._pictures = pictures if pictures is not None else {}
+        self._damaged: dict[str, str] = {}
 
     @classmethod
     def open(cls, directory: Path | str) -> Result:
@@ -104,16 +115,14 @@ class Result:
         kept = [r for r in self.rows if all(getattr(r, n) == v for n, v in values.items())]
         return Result(kept, self._pictures)
 
-    def aie(
-        self, by: str | Grouping = "attribute", *, minimum: float | None = None
-    ) -> list[SiteEffect]:
+    def aie(self, by: str | Grouping = "attribute", *, minimum: float | None = None) -> SiteEffects:
         """Average indirect effects in execution order, a list for all groups of `by` in turn.
 
         by: "attribute", "prompt", "subject", "all", or a function from a row to a name. minimum:
         leave out pairs whose total effect is at or below it (metric's unit); None takes a tenth of
         the median total effect.
         """
-        return average_effects(self.rows, by=by, minimum=minimum)
+        return SiteEffects(average_effects(self.rows, by=by, minimum=minimum))
 
     def causal(
         self,
@@ -124,8 +133,9 @@ class Result:
         by: str | Grouping = "attribute",
         scale: Scale = "effect",
         minimum: float | None = None,
-    ) -> list[SiteEffect]:
-        """The causal sites of each group and component, the strongest first; five by default.
+    ) -> SiteEffects:
+        """The causal sites of each group and component, largest normalised effect first; five by
+        default.
 
         threshold: at least this value on `scale` ("score", "effect", "normalised"). top: at most so
         many. validation: a labelled set the threshold is fitted on. Sites at or below the noise
@@ -138,7 +148,7 @@ class Result:
         if threshold is None and top is None:
             top = DEFAULT_TOP
         effects = self.aie(by, minimum=minimum)
-        return causal_set(effects, threshold=threshold, top=top, scale=scale)
+        return SiteEffects(causal_set(effects, threshold=threshold, top=top, scale=scale))
 
     def heatmap(self, path: Path | str | None = None, *, by: str = "attribute") -> Figure:
         """A matplotlib figure: sites in execution order by group, text encoders layer by token."""
@@ -147,13 +157,20 @@ class Result:
         return draw_heatmap(self.aie(by), None if path is None else Path(path))
 
     def picture(self, name: str | None) -> Image.Image | None:
-        """A picture by its name; None where it was not kept."""
+        """A picture by its name; None where it was not kept or is damaged."""
         if name is None:
             return None
         if isinstance(self._pictures, Path):
-            return open_picture(self._pictures, name)
+            return open_picture(self._pictures, name, self._damaged)
         kept = self._pictures.get(name)
         return None if kept is None else to_image(kept).convert("RGB")
+
+    def warn_of_damage(self) -> None:
+        """One warning for all damaged pictures met so far, however many."""
+        if self._damaged:
+            first = next(iter(self._damaged.values()))
+            _log.warning("going on without %d damaged pictures; one: %s", len(self._damaged), first)
+            self._damaged.clear()
 
     def pictures(self, limit: int | None = None) -> list[PairPictures]:
         """Clean, corrupt and best restored pictures of each (probe, seed), in the rows' order."""
@@ -181,6 +198,7 @@ class Result:
                     best,
                 )
             )
+        self.warn_of_damage()
         return found
 
     def pairs(self) -> dict[tuple[Any, ...], list[Row]]:
@@ -212,6 +230,7 @@ class Result:
             for row in self.rows:
                 store.add(row, self._kept(row))
             store.finish()
+        self.warn_of_damage()
         return Path(directory)
 
     def _kept(self, row: Row) -> dict[str, Any]:
@@ -225,8 +244,6 @@ class Result:
         return kept
 
     def __repr__(self) -> str:
-        from fasttrace.report.text import summary, top_table
-
         if not self.rows:
             return "Result: no rows"
-        return f"Result: {summary(self)}\n{top_table(self.causal(top=3))}"
+        return f"Result: {summary(self)}\n{top_table(self, self.causal(top=3))}"

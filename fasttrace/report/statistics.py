@@ -2,9 +2,11 @@
 
 Definitions (Basu et al., ICLR 2024, section 3; docs/method.md). A *pair* is one (probe, seed).
 AIE(site) = mean over prompts of the mean over seeds: of the patched score ("score", the paper's
-form), of score minus corrupt ("effect"), of effect / total effect ("normalised").
+form), of score minus corrupt ("effect"). "normalised" is the effect divided by the same mean of the
+total effect: a ratio of means, since in a mean of ratios the pairs with the smallest total effect
+outweigh all others.
 
-A pair whose total effect is at or below max(noise floor, `minimum`) never showed the subject: it is
+A pair whose total effect is at or below max(noise floor, `minimum`) has nothing to restore: it is
 left out of every mean here and counted. Rows are turned so that a positive effect leads towards the
 clean run, whatever the metric.
 """
@@ -41,10 +43,10 @@ _SEED = 20231013
 class SiteEffect:
     """The average indirect effect of one site (and selector, branch, window) in one group.
 
-    score, effect: in the metric's unit, effect towards the clean run; normalised: its share of the
-    total effect. NaN where every pair was left out. low, high: the 95 % interval of `effect`;
-    normalised_low, normalised_high: that of `normalised`. p is unadjusted, p_holm adjusted; None
-    where there are too few units.
+    score, effect: in the metric's unit, effect towards the clean run; normalised: effect divided by
+    the mean total effect of the same pairs. NaN where every pair was left out. low, high: the 95 %
+    interval of `effect`; normalised_low, normalised_high: that of `normalised`. p is unadjusted,
+    p_holm adjusted; None where there are too few units.
     """
 
     group: str
@@ -129,8 +131,7 @@ def prompt_key(row: Row) -> tuple[Any, ...]:
 def default_minimum(rows: Iterable[Row]) -> dict[str, float]:
     """Per metric a tenth of the median total effect over pairs (0 where that is negative).
 
-    The normalised effect divides by the total effect: a pair just above the noise floor would
-    otherwise outweigh all others.
+    Where corrupting the subject hardly changed the score, what a patch does to it is chance.
     """
     totals: dict[str, dict[Any, float]] = {}
     for row in rows:
@@ -139,7 +140,7 @@ def default_minimum(rows: Iterable[Row]) -> dict[str, float]:
 
 
 def counts(row: Row, minimum: float) -> bool:
-    """Whether the row's pair showed the subject: its total effect is above floor and minimum."""
+    """Whether the row's pair has something to restore: total effect above floor and minimum."""
     return row.total_effect > max(row.noise_floor, minimum)
 
 
@@ -183,7 +184,7 @@ def _table_effects(rows: list[Row], group: str, minimum: float) -> list[SiteEffe
         of_prompt.setdefault(row.seed, len(of_prompt))
     width = max(len(of_prompt) for of_prompt in seeds.values())
     shape = (len(cells), len(prompts), width)
-    effect, normalised = np.full(shape, np.nan), np.full(shape, np.nan)
+    effect, total = np.full(shape, np.nan), np.full(shape, np.nan)
     ordered = sorted(cells.items(), key=lambda item: item[0][:2])
     found: list[SiteEffect] = []
     for c, (_, members) in enumerate(ordered):
@@ -195,10 +196,9 @@ def _table_effects(rows: list[Row], group: str, minimum: float) -> list[SiteEffe
             s = seeds[p][row.seed]
             scores[p, s] = row.score
             effect[c, p, s] = row.effect
-            if row.normalised_effect is not None:
-                normalised[c, p, s] = row.normalised_effect
-        found.append(_describe(members, group, scores, effect[c], normalised[c]))
-    return _with_holm(_with_uncertainty(found, effect, normalised))
+            total[c, p, s] = row.total_effect
+        found.append(_describe(members, group, scores, effect[c], total[c]))
+    return _with_holm(_with_uncertainty(found, effect, total))
 
 
 def _cell_key(row: Row) -> tuple[Any, ...]:
@@ -226,7 +226,7 @@ def aie(values: Array) -> Array:
 
 
 def _describe(
-    members: list[Row], group: str, scores: Array, effect: Array, normalised: Array
+    members: list[Row], group: str, scores: Array, effect: Array, total: Array
 ) -> SiteEffect:
     row = members[0]
     present = ~np.isnan(effect)
@@ -246,7 +246,7 @@ def _describe(
         excluded=len(members) - int(present.sum()),
         score=float(aie(scores)),
         effect=float(aie(effect)),
-        normalised=float(aie(normalised)),
+        normalised=float(aie(effect) / aie(total)),
         noise_floor=max(r.noise_floor for r in members),
         position=_position(members),
     )
@@ -257,9 +257,7 @@ def _position(members: list[Row]) -> float | None:
     return sum(firsts) / len(firsts) if firsts else None
 
 
-def _with_uncertainty(
-    found: list[SiteEffect], effect: Array, normalised: Array
-) -> list[SiteEffect]:
+def _with_uncertainty(found: list[SiteEffect], effect: Array, total: Array) -> list[SiteEffect]:
     """Cells with the same pairs present share their resamples, so they stay comparable."""
     alike: dict[bytes, list[int]] = {}
     for c in range(len(found)):
@@ -273,7 +271,7 @@ def _with_uncertainty(
         rng = np.random.default_rng(_SEED)
         weights = bootstrap_weights(present, unit, rng)
         low, high = percentiles(weights, effect[members], present)
-        n_low, n_high = percentiles(weights, normalised[members], present)
+        n_low, n_high = percentiles(weights, effect[members], present, total[members])
         floors = np.array([found[c].noise_floor for c in members])
         p = sign_flip_p(effect[members] - floors[:, None, None], present, unit, rng)
         for k, c in enumerate(members):

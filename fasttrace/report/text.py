@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isnan
 from typing import TYPE_CHECKING
 
-from fasttrace.report.statistics import SiteEffect
+from fasttrace.report.statistics import SiteEffect, counts
+from fasttrace.types import Row
 
 if TYPE_CHECKING:
     from fasttrace.report.result import Result
@@ -21,6 +22,28 @@ def where(effect: SiteEffect) -> str:
 
 def percent(value: float | None) -> str:
     return "-" if value is None or isnan(value) else f"{round(100 * value) + 0:d} %"
+
+
+def share_interval(e: SiteEffect) -> str:
+    """The interval of the normalised effect, "[71 %, 120 %]", or how few prompts there were."""
+    if e.normalised_low is None or e.normalised_high is None:
+        return e.interval_text
+    return f"[{percent(e.normalised_low)}, {percent(e.normalised_high)}]"
+
+
+NOT_WORSE = "corrupting the subject did not clearly worsen the score"
+
+
+def why_left_out(row: Row) -> str:
+    """Why the row's pair is in no mean. A failed corruption looks like a subject never shown."""
+    return f"{NOT_WORSE} (clean {row.clean_score:.3g}, corrupt {row.corrupt_score:.3g})"
+
+
+def why_none(rows: Sequence[Row], minimum: Mapping[str, float]) -> str:
+    """Why these rows have no causal site. `minimum` is that of each metric."""
+    if any(counts(row, minimum[row.metric]) for row in rows):
+        return "none is above the noise floor and the threshold"
+    return f"{NOT_WORSE} in any pair, so there is nothing to restore"
 
 
 def summary(result: Result) -> str:
@@ -40,10 +63,14 @@ def _many(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
-def top_table(effects: Sequence[SiteEffect]) -> str:
-    """A plain table of causal sites, columns aligned."""
-    if not effects:
-        return "no causal site: none is above the noise floor, the minimum and the threshold"
+def top_table(result: Result, causal: Sequence[SiteEffect], minimum: float | None = None) -> str:
+    """The causal sites of a result as a table, or why there are none."""
+    least = result.minimum if minimum is None else dict.fromkeys(result.metrics, minimum)
+    return site_table(causal) if causal else f"no causal site: {why_none(result.rows, least)}"
+
+
+def site_table(effects: Sequence[SiteEffect]) -> str:
+    """A plain table, columns aligned. The interval is that of the share of the total effect."""
     header = ("group", "site", "effect", "of total", "95 %", "chance")
     lines = [header, *(_line(e) for e in effects)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
@@ -57,13 +84,15 @@ def _line(e: SiteEffect) -> tuple[str, ...]:
         where(e),
         f"{e.effect:.3g}",
         percent(e.normalised),
-        e.interval_text,
+        share_interval(e),
         chance(e),
     )
 
 
 def chance(e: SiteEffect) -> str:
     """The Holm-adjusted p in words; nothing is claimed from few units."""
+    if e.status != "run":
+        return f"not run: {e.status}"
     if not e.testable:
         return f"{e.units} {e.unit}: too few" if e.units else f"n = {e.prompts}: too few"
     return f"p = {e.p_holm:.2g}" + (" *" if e.beyond_chance else "")

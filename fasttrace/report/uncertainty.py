@@ -76,9 +76,13 @@ def bootstrap_weights(
     return weights
 
 
-def percentiles(weights: Array, values: Array, present: Mask) -> tuple[Array, Array]:
-    flat = np.nan_to_num(values[:, present])
-    means = weights[:, present] @ flat.T
+def percentiles(
+    weights: Array, values: Array, present: Mask, totals: Array | None = None
+) -> tuple[Array, Array]:
+    """[C, P, S] -> ends [C] of the resampled means, or of their ratio to those of `totals`."""
+    means = weights[:, present] @ np.nan_to_num(values[:, present]).T
+    if totals is not None:
+        means = means / (weights[:, present] @ np.nan_to_num(totals[:, present]).T)
     low, high = np.percentile(means, (2.5, 97.5), axis=0)
     return low, high
 

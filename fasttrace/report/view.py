@@ -22,6 +22,7 @@ from fasttrace.report.examples import Example, counted_first, example_of
 from fasttrace.report.facts import below, correlations, facts, settings, unrun
 from fasttrace.report.names import (
     KIND_WORDS,
+    WHOLE_STREAM,
     component_words,
     components_in_order,
     in_order,
@@ -30,7 +31,7 @@ from fasttrace.report.names import (
 )
 from fasttrace.report.result import Result
 from fasttrace.report.statistics import Grouping, SiteEffect, counts, grouping
-from fasttrace.report.text import chance, percent
+from fasttrace.report.text import chance, percent, why_left_out, why_none
 from fasttrace.store.manifest import Manifest
 from fasttrace.types import Row
 
@@ -63,6 +64,7 @@ class Group:
     shape: Chart | None
     examples: list[Example]
     tables: list[CausalTable]
+    why_none: str  # why a table of it may be empty
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ class View:
     floor: float
     minimum: float
     usual_minimum: bool
-    left_out: list[Row]
+    left_out: list[tuple[Row, str]]  # and why
+    nothing: str  # why no site is causal; empty where there is one
+    whole_stream: list[str]  # kinds of causal sites that replace everything passing there, in words
     below_floor: list[tuple[str, int, int]]  # component, below, run
     unrun: list[tuple[str, str, int]]  # component, why, how many sites
     testable: bool
@@ -123,6 +127,7 @@ def build_view(
         if len(shown[name]) < examples:
             first = not shown[name]
             shown[name].append(example_of(kept, part, least, spots if first else None, name))
+    kept.warn_of_damage()
     limits = {c: limit_of([e for e in effects if e.component == c]) for c in kept.components}
     return View(
         model=kept.rows[0].model,
@@ -156,7 +161,9 @@ def build_view(
         floor=kept.noise_floor,
         minimum=least,
         usual_minimum=minimum is None,
-        left_out=[p[0] for p in pairs.values() if not counts(p[0], least)],
+        left_out=[(p[0], why_left_out(p[0])) for p in pairs.values() if not counts(p[0], least)],
+        nothing="" if chosen else why_none(kept.rows, {metric: least}),
+        whole_stream=[KIND_WORDS[k] for k in WHOLE_STREAM if any(e.kind == k for e in chosen)],
         below_floor=[below(effects, c) for c in kept.components],
         unrun=unrun(effects),
         testable=any(e.testable for e in effects),
@@ -246,22 +253,24 @@ def _group(
         if (own := [e for e in effects if e.component == c]) and not _is_text(own, c)
     ]
     counted = [row for row in pairs if counts(row, minimum)]
+    why = why_none(pairs, {row.metric: minimum for row in pairs})
     return Group(
         name=name,
         prompts=len({(r.prompt, r.subject, r.occurrence) for r in counted}),
         pairs=len(counted),
         excluded=len(pairs) - len(counted),
-        heads=[_head(component, chosen) for component in components],
+        heads=[_head(component, chosen, why) for component in components],
         shape=shapes[0] if shapes else None,
         examples=examples,
         tables=[_table(component, chosen) for component in components],
+        why_none=why,
     )
 
 
-def _head(component: str, chosen: Sequence[SiteEffect]) -> str:
+def _head(component: str, chosen: Sequence[SiteEffect], why_none: str) -> str:
     best = next((e for e in chosen if e.component == component), None)
     if best is None:
-        return f"{component_words(component)}: no site above the noise floor."
+        return f"{component_words(component)}: no causal site, {why_none}."
     where = words(best.site, best.kind)
     where += "" if best.selector == "all" else f" at {best.selector}"
     return f"{component_words(component)}: {where} restores {percent(best.normalised)}."

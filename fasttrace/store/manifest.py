@@ -94,6 +94,14 @@ class Manifest(BaseModel):
         changed = [name for name in names if self.fixed.get(name) != ours.get(name)]
         if not changed:
             return
+        if "saved_from" in changed:
+            one, other = "saved from Python", "written by `fasttrace trace`"
+            if "saved_from" not in self.fixed:
+                one, other = other, one
+            raise StoreError(
+                f"{out} holds results {one}, so nothing {other} can be added: choose another "
+                "directory (--out)."
+            )
         was = ", ".join(f"{name}={_show(self.fixed.get(name))}" for name in changed)
         asked = ", ".join(f"{name}={_show(ours.get(name))}" for name in changed)
         raise StoreError(

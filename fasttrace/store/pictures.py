@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from PIL import Image
 from fasttrace.errors import StoreError
 from fasttrace.store.disk import write_atomic
 
-_log = logging.getLogger(__name__)
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 
 
@@ -47,8 +45,11 @@ def save_picture(folder: Path, name: str, picture: Any) -> Path:
     return path
 
 
-def open_picture(folder: Path, name: str) -> Image.Image | None:
-    """The picture, or None where the file is missing or damaged: a report shows the rest."""
+def open_picture(folder: Path, name: str, damaged: dict[str, str]) -> Image.Image | None:
+    """The picture, or None where the file is missing or damaged: a report shows the rest.
+
+    What is wrong with a damaged one goes into `damaged`: a caller can name many in one line.
+    """
     path = picture_path(folder, name)
     if not path.is_file():
         return None
@@ -56,5 +57,5 @@ def open_picture(folder: Path, name: str) -> Image.Image | None:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
-        _log.warning("%s can't be read as a picture (%s); going on without it", path, error)
+        damaged[name] = f"{path} can't be read as a picture ({error})"
         return None

@@ -119,7 +119,10 @@ def to_parquet(rows: Iterable[Row], metadata: Mapping[str, str] | None = None) -
 def from_parquet(path: Path) -> list[Row]:
     """Rows of a Parquet file. Raises `StoreError` where it is damaged or of another schema."""
     try:
-        table = pq.read_table(io.BytesIO(path.read_bytes()))
+        # No threads: a worker of Arrow's that lets go of Python's bytes while the interpreter exits
+        # aborts the process.
+        file = pq.ParquetFile(io.BytesIO(path.read_bytes()), pre_buffer=False)
+        table = file.read(use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise StoreError(
             f"{path} can't be read as Parquet ({_first_line(error)}). If the directory it was made "

@@ -412,7 +412,7 @@ def test_plan_of_an_architecture(capsys):
     assert main(["plan", "sd15", "--prompts", "2", "--gpu", "A100"]) == 0
     out = capsys.readouterr().out
     assert "140 patched runs of 51 denoiser calls" in out
-    assert "never measured" in out
+    assert "the data sheet of the A100, never measured" in out
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,9 @@ def test_components_and_tokens():
     assert parse_components(["all"]) == ["unet", "text_encoder"]
     assert parse_components(["text_encoder,unet"]) == ["unet", "text_encoder"]
     assert parse_tokens(["last subject,EOS", "7"]) == ["last subject", "EOS", 7]
-    with pytest.raises(UsageError, match="'vae' is unknown"):
-        parse_components(["vae"])
+    for unknown in ("vae", "text_encoder_2"):
+        with pytest.raises(UsageError, match=rf"'{unknown}' is unknown.*\(every text encoder\)"):
+            parse_components([unknown])
     for parse in (parse_components, parse_tokens, lambda texts: parse_words(texts, "--metric")):
         assert parse([]) == []
         with pytest.raises(UsageError, match=r"--\w+ is empty"):

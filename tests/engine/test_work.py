@@ -44,8 +44,8 @@ def test_work_by_hand():
     todo = todo_of([[lane(A), lane(C)]], own)
     work = plan_work(todo, 1, own, COST, ORDER)
     (stairs,) = work.stairs
-    assert stairs.joins == {"A": 1, "C": 2}  # a corrupt copy joins with the last
-    assert stairs.flops(COST) == 2 * 10 + 9 + 2 * 2
+    assert stairs.joins == {"A": 2, "C": 2}  # a corrupt copy joins with the first and the last
+    assert stairs.flops(COST) == 2 * 10 + 2 * 9 + 2 * 2
     (batch,) = work.batches
     assert (batch.start, batch.size, batch.copies, batch.lanes) == (1, 4, True, ((0, 0), (0, 1)))
     assert batch.flops(COST, own) == 4 * 3 * 20

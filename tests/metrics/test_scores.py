@@ -124,6 +124,7 @@ def test_callables(metrics):
     assert metric.key == "callable:brightness"
     assert metric.function(torch.ones(2, 3, 4, 4), MetricContext(DOG)).tolist() == [1, 1]
     with_context = from_callable(lambda pictures, context: [len(context.probe.prompt)])
+    assert (with_context.key, with_context.label) == ("callable:lambda", "lambda")
     assert with_context.function(torch.ones(1, 3, 4, 4), MetricContext(DOG)) == [16]
     scaled = from_callable(partial(lambda pictures, by: pictures.mean() * by, by=2))
     assert scaled.function(torch.ones(1, 3, 4, 4), MetricContext(DOG)) == 2

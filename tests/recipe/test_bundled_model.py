@@ -1,17 +1,21 @@
 """The bundled model is what its card says."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
 from fasttrace.embedded.classifier import load_classifier
-from recipe.card import TARGETS
+from recipe.card import TARGETS, TEMPLATE
 from recipe.data import World
 from recipe.evaluate import GUIDANCE, STEPS, generate, load_pipeline, sample_captions
 from recipe.train_classifiers import accuracy, targets
 from recipe.training import EMBEDDED
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_weights_are_small_and_none_is_a_pickle():
@@ -28,6 +32,14 @@ def test_plain_diffusers_opens_it():
     assert pipe.text_encoder.config.num_hidden_layers >= 6
     assert pipe.unet.config.sample_size == 16
     assert pipe.vae.config.latent_channels == 4
+
+
+@pytest.mark.parametrize("card", [EMBEDDED / "README.md", TEMPLATE])
+def test_the_example_of_the_card_runs(card, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (code,) = re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
+    exec(code.format(steps=STEPS, guidance=GUIDANCE), found := {})
+    assert found["pipe"].dtype == torch.float32
 
 
 def test_the_classifiers_know_real_pictures_of_unseen_combinations():

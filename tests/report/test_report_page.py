@@ -97,7 +97,42 @@ def test_left_out_pairs_are_counted_and_named(fakes, manifest):
     rows = list(fakes.fake_sweep(("object",), prompts=6, components=("unet",)))
     page = render(Result(rows), manifest)
     assert "1 of 6 pairs left out" in page
-    assert "an old clock on a wall, <mark>clock</mark>, seed 0: 0.00015" in page
+    score = next(f"{r.corrupt_score:.3g}" for r in rows if r.subject == "clock")
+    assert (
+        "an old clock on a wall, <mark>clock</mark>, seed 0: corrupting the subject did not "
+        f"clearly worsen the score (clean {score}, corrupt {score})"
+    ) in page
+
+
+def test_a_corruption_that_changed_nothing_is_named(rows, manifest):
+    failed = [replace(r, total_effect=0.0, effect=0.0, normalised_effect=None) for r in rows]
+    page = text_of(render(Result(failed), manifest))
+    assert "No site is causal: corrupting the subject did not clearly worsen the score" in page
+    assert "above the noise floor and the threshold" not in page
+    assert "No site is causal" not in text_of(render(Result(rows), manifest))
+
+
+def test_whole_streams_carry_their_caveat(rows, manifest):
+    page = render(Result([r for r in rows if r.kind == "resnet"]), manifest)
+    assert "Among the most causal sites: ResNet. Their output is the whole stream" in page
+    page = render(Result([r for r in rows if r.kind == "attn2"]), manifest)
+    assert "whole stream" not in page
+
+
+def test_damaged_pictures_give_one_line(rows, fakes, tmp_path: Path, caplog):
+    with Store.open(tmp_path, fixed={}, call=Call.now("fasttrace trace x")) as store:
+        for row in rows[:70]:
+            store.add(row, fakes.fake_pictures(row))
+    for path in (tmp_path / "pictures").glob("*.png"):
+        path.write_bytes(b"not a picture")
+    write_report(tmp_path)
+    (line,) = caplog.messages
+    assert "without 72 damaged pictures" in line
+
+
+def test_the_strips_say_which_way_they_go(page):
+    strip = page[page.index('aria-label="UNet sites by causal effect') :].split("</svg>")[0]
+    assert re.findall(r'<text class="block"[^>]*>(\w+)<', strip) == ["down", "mid", "up"]
 
 
 def test_with_enough_prompts_intervals_and_marks_appear(fakes, manifest):
@@ -241,9 +276,13 @@ def test_nothing_is_cut_off(chromium: str, fakes, manifest, tmp_path: Path):
             cut.push(text.textContent);
     for (const box of document.querySelectorAll(".scroll"))
         if (box.scrollWidth > box.clientWidth) cut.push(box.textContent.slice(0, 30));
+    for (const cell of document.querySelectorAll("table.causal :is(th, td.num)"))
+        if (cell.scrollWidth > cell.clientWidth) cut.push(cell.textContent);
     document.body.dataset.cut = JSON.stringify(cut);
     });</script></body>"""
     for by in ("prompt", "all"):
         path.write_text(render(Result(rows), manifest, by=by).replace("</body>", measure))
-        dom = look(chromium, path, tmp_path / by, "--window-size=1280,1000", "--dump-dom")
-        assert 'data-cut="[]"' in dom, re.search(r'data-cut="[^"]*"', dom)
+        for width in (1100, 1280):
+            size = f"--window-size={width},1000"
+            dom = look(chromium, path, tmp_path / f"{by}{width}", size, "--dump-dom")
+            assert 'data-cut="[]"' in dom, re.search(r'data-cut="[^"]*"', dom)

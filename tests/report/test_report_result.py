@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,49 @@ def test_thresholds(result):
     assert all(e.normalised >= 0.4 for e in unet.causal(threshold=0.4, scale="normalised"))
     with pytest.raises(UsageError, match="scale 'hat' is unknown"):
         unet.causal(scale="hat")
+
+
+def test_causal_sites_are_in_the_order_of_the_share_that_is_shown(rows):
+    """A site traced in one prompt alone: the smaller effect, but the larger share."""
+    base = replace(rows[0], total_effect=20.0, effect=10.0)
+    small = replace(rows[0], prompt="q", key="q", total_effect=4.0, effect=3.0)
+    sites = [base, replace(small, site="unet.b", site_index=1, key="b")]
+    assert [e.site for e in Result(sites).causal(minimum=0.0)] == ["unet.b", rows[0].site]
+
+
+def test_at_least_one_site_is_asked_for(result):
+    for top in (0, -1):
+        with pytest.raises(UsageError, match=f"top = {top} leaves no site"):
+            result.causal(top=top)
+
+
+def test_site_effects_print_as_a_table(result):
+    lines = repr(result.aie()).splitlines()
+    assert lines[0].split() == ["group", "site", "effect", "of", "total", "95", "%", "chance"]
+    assert len(lines) == 1 + len(result.aie())
+    assert sum("not run: unreachable" in line for line in lines) == 4 * 3
+    assert repr(result.causal(threshold=1e9)) == "[]"
+
+
+def test_why_there_is_no_causal_site(rows):
+    """A corruption that changed nothing is told from sites that restore nothing."""
+    failed = [replace(r, total_effect=0.0, effect=0.0, normalised_effect=None) for r in rows]
+    assert "did not clearly worsen the score in any pair" in repr(Result(failed))
+    weak = [replace(r, effect=0.0) for r in rows]
+    assert "none is above the noise floor" in repr(Result(weak))
+
+
+def test_damaged_pictures_give_one_line(result, tmp_path: Path, caplog):
+    out = Result(result.rows[:20], result._pictures).save(tmp_path / "out")
+    damaged = sorted((out / "pictures").glob("*.png"))[:7]
+    for path in damaged:
+        path.write_bytes(b"not a picture")
+    again = Result.open(out)
+    with caplog.at_level("WARNING"):
+        again.save(tmp_path / "copy")
+    (line,) = caplog.messages
+    assert "without 7 damaged pictures" in line
+    assert any(path.name in line for path in damaged)
 
 
 def test_sites_in_the_noise_are_never_causal(rows):
@@ -141,3 +185,12 @@ def test_heatmap(result, tmp_path: Path):
         result.where(component="unet").heatmap(tmp_path / "no" / "such.png")
     with pytest.raises(UsageError, match="no rows to draw"):
         Result([]).heatmap()
+
+
+def test_the_example_in_the_documents_runs(result, tmp_path: Path, monkeypatch):
+    result.save(tmp_path / "out")
+    text = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    assert names["means"].num_rows == len(result.where(status="run").aie())

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fasttrace.errors import UsageError
 from fasttrace.report import uncertainty
 from fasttrace.report.statistics import average_effects, default_minimum
+from fasttrace.report.text import percent, share_interval
 
 GRID = 0.25  # effects on a grid of exact binary fractions, so that ties are ties
 
@@ -77,6 +78,19 @@ def test_pairs_without_a_total_effect_are_left_out_and_counted(make):
     assert strict.prompts == 0
     assert math.isnan(strict.effect)
     assert strict.excluded == 5
+
+
+def test_the_share_is_a_ratio_of_means(make):
+    """Effects 6, 6, 6, 6, -2 of totals 10, 10, 10, 10, 1: 22 / 41. Their mean ratio is 0.08."""
+    parts = [(6.0, 10.0)] * 4 + [(-2.0, 1.0)]
+    rows = [make(e, prompt=f"p{i}", total=t) for i, (e, t) in enumerate(parts)]
+    (found,) = average_effects(rows, minimum=0.0)
+    assert found.normalised == pytest.approx(22 / 41)
+    assert found.normalised_low > 0.0
+    # Without the odd prompt every resample gives 24 / 40.
+    assert found.normalised_high == pytest.approx(0.6)
+    assert share_interval(found) == f"[{percent(found.normalised_low)}, 60 %]"
+    assert share_interval(average_effects(rows[:2])[0]) == "n = 2, no interval"
 
 
 def test_the_default_minimum_is_a_tenth_of_the_median_total_effect(make):

@@ -38,7 +38,7 @@ def test_created_filled_and_extended(rows, call, tmp_path: Path, fakes):
         assert store.add(rows[3], fakes.fake_pictures(rows[3]))
         store.finish()
     assert read_rows(out) == rows[:4]
-    assert open_picture(out / "pictures", rows[3].picture).size == (64, 64)
+    assert open_picture(out / "pictures", rows[3].picture, {}).size == (64, 64)
     assert len(require(out).calls) == 2
     assert not [p.name for p in out.rglob("*.tmp")]
 
@@ -54,6 +54,15 @@ def test_another_value_is_refused_and_named(rows, call, tmp_path: Path):
     with pytest.raises(StoreError, match=r"made with eta=\(none\); this call asks for eta=0.5"):
         fill(tmp_path, rows, call, fixed={**FIXED, "eta": 0.5})
     assert (tmp_path / "fasttrace.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("first", ["python", "shell"])
+def test_results_from_python_and_the_shell_do_not_mix(rows, call, tmp_path: Path, first):
+    fixed = {"python": {"saved_from": "python", "engine": ["fast"]}, "shell": FIXED}
+    fill(tmp_path, rows, call, fixed=fixed.pop(first))
+    with pytest.raises(StoreError, match=r"holds results .*: choose another directory") as caught:
+        fill(tmp_path, rows, call, fixed=fixed.popitem()[1])
+    assert "saved_from" not in str(caught.value)
 
 
 def test_resolved_values_are_those_of_the_first_call(rows, call, tmp_path: Path):
@@ -131,11 +140,13 @@ def test_picture_names_never_leave_the_folder(rows, call, tmp_path: Path, fakes)
         picture_path(tmp_path, "..")
 
 
-def test_a_damaged_picture_is_left_out_with_a_sentence(tmp_path: Path, caplog):
+def test_a_damaged_picture_is_left_out_with_a_sentence(tmp_path: Path):
     (tmp_path / "abc.png").write_bytes(b"\x89PNG not really")
-    assert open_picture(tmp_path, "abc") is None
-    assert "can't be read as a picture" in caplog.text
-    assert open_picture(tmp_path, "missing") is None
+    damaged: dict[str, str] = {}
+    assert open_picture(tmp_path, "abc", damaged) is None
+    assert "abc.png can't be read as a picture" in damaged["abc"]
+    assert open_picture(tmp_path, "missing", damaged) is None
+    assert list(damaged) == ["abc"]
 
 
 def test_a_copied_table_without_its_ledger_can_be_read_and_extended(rows, call, tmp_path: Path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import typing
 from dataclasses import fields, replace
 from pathlib import Path
@@ -90,6 +92,22 @@ def test_a_parquet_cut_short_is_a_sentence(fakes, tmp_path: Path):
     path.write_bytes(to_parquet(fakes.fake_sweep(prompts=1))[:-200])
     with pytest.raises(StoreError, match="can't be read as Parquet"):
         from_parquet(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_reading_starts_no_threads(fakes, tmp_path: Path):
+    """One that still holds Python's bytes when the interpreter exits aborts the process."""
+    path = tmp_path / "results.parquet"
+    path.write_bytes(to_parquet(fakes.fake_sweep(prompts=1)))
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from fasttrace.store.schema import from_parquet\n"
+        "count = lambda: len(os.listdir('/proc/self/task'))\n"
+        "before = count(); from_parquet(Path(sys.argv[1])); print(count() - before)"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
 
 
 def test_required_columns_are_not_nullable():

@@ -159,7 +159,7 @@ def main() -> None:
     pairs = result.pairs()
     counted = {k for k, rows in pairs.items() if rows[0].total_effect > result.minimum[args.metric]}
     print(
-        f"{args.metric}: {len(pairs)} pairs, {len(counted)} of them showed the subject; "
+        f"{args.metric}: {len(pairs)} pairs, {len(counted)} of them count; "
         f"noise floor {result.noise_floor:.2g}, minimum {result.minimum[args.metric]:.2g}"
     )
     for component, describe in (("text_encoder", text_encoder), ("unet", unet)):

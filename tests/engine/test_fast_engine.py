@@ -434,7 +434,8 @@ class TestNothingGoesStale:
         assert not torch.equal(found[0][0, CLEAN], found[1][0, CLEAN])
 
     @pytest.mark.parametrize("change", ["a module in another's place", "a LoRA", "a LoRA, fused"])
-    def test_other_modules(self, sd, change):
+    def test_other_modules(self, change):
+        sd = tiny_pipeline("sd")  # its own: adapters leave traces in a model
         model = Model(sd)
         lanes = [Lane((Patch(s),)) for s in sites_of(model)[:4]]
         engine = FastEngine(model)
@@ -591,7 +592,7 @@ class TestErrors:
         monkeypatch.setattr(Job, "_trunk", short)
         with scope(sd):
             pairs = make_pairs(model, [Lane((Patch(sites_of(model)[0]),))])
-            with pytest.raises(ModelError, match="no memory for a batch of 4 lanes"):
+            with pytest.raises(ModelError, match=r"no memory for a batch of [4-7] lanes"):
                 runs_of_pairs(FastEngine(model), pairs)
 
 

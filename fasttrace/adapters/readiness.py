@@ -34,8 +34,9 @@ def check_ready(pipe: Any) -> None:
             f"{type(pipe).__name__} was loaded without {', '.join(missing)}; load it whole."
         )
     _check_unet(pipe.unet, pipe.vae)
-    _check_resident(pipeline_modules(pipe))
-    _check_dtypes(pipeline_modules(pipe))
+    parts = pipeline_modules(pipe)
+    _check_resident(parts)
+    _check_dtypes(parts)
     _check_scheduler(pipe.scheduler)
 
 

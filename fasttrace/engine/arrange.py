@@ -9,7 +9,7 @@ from math import prod
 from fasttrace.engine.cache import size_of
 from fasttrace.engine.compiled import Denoiser
 from fasttrace.engine.graph.anyrows import AnyRows
-from fasttrace.engine.memory import device_of, peak_bytes, resident_bytes
+from fasttrace.engine.memory import device_of, resident_bytes
 from fasttrace.engine.options import SMALLEST, Options
 from fasttrace.engine.work import Setting, Todo, Work, plan_work, todo_of
 from fasttrace.errors import ModelError, UsageError
@@ -125,14 +125,13 @@ def memory_of(chunk: Chunk, denoiser: Denoiser, itemsize: int) -> int:
     setting, work = chunk.setting, chunk.work
     rows = [2 * len(trunk) * setting.branches for trunk in work.trunks]
     rows += [batch.size * setting.branches for batch in work.batches]
-    rows += [2 + len(s.whole) + sum(s.joins.values()) for s in work.stairs]
-    body = denoiser.body.at(max(rows))
+    rows += [s.first + sum(s.joins.values()) for s in work.stairs]
     slots = work.texts + (chunk.own_slots if setting.own_texts else 0)
     text = sum(prod(shape) for shape in _row_shapes(denoiser.text)) * slots
     step_rows = setting.calls * (slots if denoiser.step_reads_text else 1)
     step = sum(prod(shape) for shape in _row_shapes(denoiser.step)) * step_rows
     kept = (text + step) * itemsize + chunk.cache_bytes
-    return resident_bytes(peak_bytes(body), kept, device_of(body))
+    return resident_bytes(denoiser.active_bytes(max(rows)), kept, device_of(denoiser.body.small))
 
 
 def _row_shapes(part: AnyRows) -> list[tuple[int, ...]]:

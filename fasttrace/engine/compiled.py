@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from fasttrace.engine.graph.marks import Mark
 from fasttrace.engine.graph.partition import partition, with_tables
 from fasttrace.engine.graph.prune import Cost, cost_of
 from fasttrace.engine.graph.stairs import stairs
+from fasttrace.engine.memory import peak_bytes
 from fasttrace.errors import ModelError
 from fasttrace.types import Sampling
 
@@ -47,6 +48,13 @@ class Denoiser:
     cost: Cost
     text_cost: int
     step_cost: int
+    _active: dict[int, int] = field(default_factory=dict, repr=False)
+
+    def active_bytes(self, rows: int) -> int:
+        """What the body's own tensors take at most. Kept: a graph of so many rows takes long."""
+        if rows not in self._active:
+            self._active[rows] = peak_bytes(self.body.at(rows))
+        return self._active[rows]
 
     @property
     def step_reads_text(self) -> bool:

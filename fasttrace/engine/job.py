@@ -243,10 +243,10 @@ class Job:
     ) -> tuple[dict[tuple[int, int], Tensor], list[Tensor]]:
         """Lanes' states [kept, 1, C, h, w] after a shared call, and those of corrupt copies."""
         pair, joins = stairs.pair, stairs.joins
-        first = 2 + len(stairs.whole) + (not stairs.joining)
-        key = ("stairs", first, tuple(joins.items()))
+        key = ("stairs", stairs.first, tuple(joins.items()))
         climb: FirstCall = self.workshop.kept(
-            key, lambda: FirstCall(self.denoiser, self.tables, first, joins, self.model.dtype)
+            key,
+            lambda: FirstCall(self.denoiser, self.tables, stairs.first, joins, self.model.dtype),
         )
         lanes = [lane for _, own in stairs.joining for lane in own] + list(stairs.whole)
         base = self.pairs[pair].base

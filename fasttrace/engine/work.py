@@ -79,6 +79,11 @@ class Stairs:
     joining: tuple[tuple[str, tuple[int, ...]], ...]  # site, lanes
 
     @property
+    def first(self) -> int:
+        """Rows from the start; without joining lanes the corrupt copy is one of them."""
+        return 2 + len(self.whole) + (not self.joining)
+
+    @property
     def joins(self) -> dict[str, int]:
         found = {site: len(lanes) for site, lanes in self.joining}
         for site, _ in self.joining[:1] + self.joining[-1:]:
@@ -97,8 +102,7 @@ class Stairs:
         return stairs_of(self.pair, self.call, self.whole, joining, setting)
 
     def flops(self, cost: Cost) -> int:
-        first = (2 + len(self.whole) + (not self.joining)) * cost.whole
-        return first + sum(n * cost.after[site] for site, n in self.joins.items())
+        return self.first * cost.whole + sum(n * cost.after[site] for site, n in self.joins.items())
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,37 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Corruption", "Metric", "Probe", "Tracer", "__version__", "load"]
+__all__ = [
+    "Corruption",
+    "Edit",
+    "Editor",
+    "Metric",
+    "Probe",
+    "Replacement",
+    "Tracer",
+    "__version__",
+    "load",
+    "load_edit",
+]
 
 _HOMES = {
     "Corruption": "fasttrace.types",
+    "Edit": "fasttrace.edit.edit",
+    "Editor": "fasttrace.edit.editor",
     "Metric": "fasttrace.types",
     "Probe": "fasttrace.types",
+    "Replacement": "fasttrace.edit.phrases",
     "Tracer": "fasttrace.tracer",
     "load": "fasttrace.adapters.load",
+    "load_edit": "fasttrace.edit.export",
 }
 
 if TYPE_CHECKING:
     from fasttrace.adapters.load import load
+    from fasttrace.edit.edit import Edit
+    from fasttrace.edit.editor import Editor
+    from fasttrace.edit.export import load_edit
+    from fasttrace.edit.phrases import Replacement
     from fasttrace.tracer import Tracer
     from fasttrace.types import Corruption, Metric, Probe
 

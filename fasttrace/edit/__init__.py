@@ -1,0 +1,1 @@
+"""Rewrite what a located place holds, in closed form."""

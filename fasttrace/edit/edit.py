@@ -1,0 +1,138 @@
+"""An edit: what it changes, whose it is, and how it goes in and comes out byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrace.adapters.fingerprint import digest, tensor_digest
+from fasttrace.adapters.pipeline import Model
+from fasttrace.edit.matrices import Matrix, find_matrix
+from fasttrace.edit.solver import Change
+from fasttrace.errors import ModelError, UsageError
+
+
+@dataclass
+class _Undo:
+    """What one application overwrote. version: of the weight just after it was written."""
+
+    matrix: Matrix
+    before: Tensor
+    version: int
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A finished edit of some weight matrices.
+
+    changes: by matrix name, factors [m, r] and [r, d] in float64. manifest: JSON-like; `base` in it
+    holds the sha256 of every matrix as it was, the model that the edit fits.
+    """
+
+    changes: Mapping[str, Change]
+    manifest: Mapping[str, Any]
+    _applied: list[tuple[Any, list[_Undo]]] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers of the model it touches."""
+        return sum(c.left.shape[-2] * c.right.shape[-1] for c in self.changes.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the base model's matrices that it changes."""
+        return digest(self.manifest["base"])
+
+    def __str__(self) -> str:
+        m = self.manifest
+        pairs = [f"{p['old']} -> {' + '.join(p['new']) or '(nothing)'}" for p in m["pairs"]]
+        shown = ", ".join(pairs[:3]) + (f" and {len(pairs) - 3} more" if len(pairs) > 3 else "")
+        return (
+            f"{m['method']} of {shown}: {len(self.changes)} matrices, {self.parameters:,} numbers, "
+            f"lam {m['lam']:g}"
+        )
+
+    def apply_(self, pipe: Any, *, force: bool = False) -> None:
+        """Write the edit into the weights, in place; added in float32, cast last.
+
+        Raises `ModelError` where the matrices are not those it was made for, unless `force`.
+        """
+        if any(other is pipe for other, _ in self._applied):
+            raise UsageError("This edit is already applied to this pipeline; revert it first.")
+        model = Model(pipe)
+        matrices = [find_matrix(model, name) for name in self.changes]
+        for matrix in matrices:
+            change = self.changes[matrix.name]
+            shape = (change.left.shape[-2], change.right.shape[-1])
+            if tuple(matrix.weight.shape) != shape:
+                raise ModelError(
+                    f"{matrix.name} is {tuple(matrix.weight.shape)} here, but {shape} in the edit: "
+                    "it was made on another architecture."
+                )
+        if not force:
+            self._check_base(matrices)
+        self._applied.append((pipe, [self._write(matrix) for matrix in matrices]))
+
+    def revert_(self, pipe: Any) -> None:
+        """Put the bytes back that `apply_` overwrote.
+
+        Raises `UsageError` where it isn't applied, `ModelError` where the weights were written to
+        since (a later edit has to be reverted first).
+        """
+        found = next((entry for entry in self._applied if entry[0] is pipe), None)
+        if found is None:
+            raise UsageError("This edit is not applied to this pipeline.")
+        for undo in found[1]:
+            if undo.matrix.module.weight._version != undo.version:
+                raise ModelError(
+                    f"{undo.matrix.name} was changed since the edit was applied; revert what came "
+                    "later first."
+                )
+        for undo in found[1]:
+            with torch.no_grad():
+                undo.matrix.module.weight.copy_(undo.before)
+        self._applied[:] = [entry for entry in self._applied if entry is not found]
+
+    @contextmanager
+    def applied(self, pipe: Any, *, force: bool = False) -> Iterator[Any]:
+        """`with edit.applied(pipe):` the edit is in; afterwards every byte is as before."""
+        self.apply_(pipe, force=force)
+        try:
+            yield pipe
+        finally:
+            self.revert_(pipe)
+
+    def save(self, folder: str | Path, **options: Any) -> Path:
+        """Write it to a new folder, as `fasttrace.edit.export.save` says."""
+        from fasttrace.edit.export import save
+
+        return save(self, folder, **options)
+
+    def _check_base(self, matrices: list[Matrix]) -> None:
+        base = self.manifest["base"]
+        other = [m.name for m in matrices if tensor_digest(m.weight) != base[m.name]]
+        if other:
+            raise ModelError(
+                f"The edit was made on other weights than these (first: {other[0]}); on this model "
+                "it is not the same edit. Load the base model it names"
+                f" ({self.manifest['model']}), or force it."
+            )
+
+    def _write(self, matrix: Matrix) -> _Undo:
+        weight = matrix.module.weight
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight.copy_(edited(before, self.changes[matrix.name]))
+        return _Undo(matrix, before, weight._version)
+
+
+def edited(weight: Tensor, change: Change) -> Tensor:
+    """weight [m, d] with the change, in float32 at least."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(wide) + change.dense.to(weight.device, wide)

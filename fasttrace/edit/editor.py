@@ -1,0 +1,244 @@
+"""`Editor`: from phrases to an `Edit`, for one pipeline."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from fasttrace.adapters.fingerprint import tensor_digest
+from fasttrace.adapters.pipeline import Model
+from fasttrace.adapters.scope import scope
+from fasttrace.edit.edit import Edit
+from fasttrace.edit.inputs import Read, read_embedding, read_text
+from fasttrace.edit.matrices import Matrix, encoder_of, find_sites, matrices_at
+from fasttrace.edit.methods import BIASES, Bias, Method, parse_method
+from fasttrace.edit.phrases import (
+    Replacement,
+    Tokens,
+    collect,
+    parse_replacements,
+    parse_templates,
+)
+from fasttrace.edit.solver import Change, InputChange, solve_inputs, solve_moments
+from fasttrace.errors import ModelError, UsageError
+from fasttrace.plan.build import software
+
+SCHEMA = 1
+Pairs = Sequence[tuple[str, str] | Replacement]
+
+
+class Editor:
+    """Edits of one pipeline, which it leaves as it found it: an `Edit` is applied by itself."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.model = Model(pipe)
+
+    def edit(self, pairs: Pairs, *, lam: float | None = None, **options: Any) -> Edit:
+        """One edit that makes every pair's first phrase read as its second.
+
+        pairs: ("van gogh", "painting") or a `Replacement` each. method: "diffquickfix", "mlp",
+        "uce", "time" or "locoedit"; where not given, by the kind of `site`. site: a site's name, a
+        glob or several. lam: weight of the change's own size. templates: sentences with {} for the
+        phrase. tokens: "last" of the phrase, "last_to_end", or "aligned". bias: "exact", or
+        "as_released" to count the bias twice as the public release does. preserve: phrases whose
+        output is to stay, with weight `preserve_weight`. after: an edit that this one goes on top
+        of. Raises `UsageError` for a wrong call, `ModelError` for weights that can't be edited.
+        """
+        return self.path(pairs, [lam], **options)[0]
+
+    def path(self, pairs: Pairs, lams: Sequence[float | None], **options: Any) -> list[Edit]:
+        """`edit` for several lambdas, which cost one decomposition."""
+        if not lams:
+            raise UsageError("lams is empty; give at least one.")
+        [found] = self._edits([pairs], lams, **options)
+        return found
+
+    def edit_each(
+        self, lists: Sequence[Pairs], *, lam: float | None = None, **options: Any
+    ) -> list[Edit]:
+        """Independent edits, one for each list of pairs, solved in one batch."""
+        return [found[0] for found in self._edits(lists, [lam], **options)]
+
+    def _edits(
+        self,
+        lists: Sequence[Pairs],
+        lams: Sequence[float | None],
+        *,
+        method: str | None = None,
+        site: str | Sequence[str] | None = None,
+        templates: Sequence[str] | None = None,
+        tokens: Tokens | None = None,
+        bias: Bias = "exact",
+        preserve: Sequence[str] = (),
+        preserve_weight: float = 1.0,
+        after: Edit | None = None,
+    ) -> list[list[Edit]]:
+        """[list][lambda]"""
+        model = self.model
+        chosen = parse_method(method, find_sites(model, site) if site is not None else [])
+        task = _Task(
+            chosen,
+            matrices_at(model, chosen.sites(model, site)),
+            parse_templates(chosen.templates if templates is None else templates),
+            tokens or chosen.tokens,
+            bias,
+            _phrases(preserve),
+            _weight(preserve_weight),
+        )
+        if bias not in BIASES:
+            raise UsageError(f"bias is {bias!r}; expected {' or '.join(BIASES)}.")
+        if bias == "as_released" and preserve:
+            raise UsageError("bias='as_released' is the released method, which preserves nothing.")
+        parsed = [parse_replacements(pairs, empty_new=not chosen.of_text) for pairs in lists]
+        numbers = [chosen.lam if lam is None else lam for lam in lams]
+        before = {m.name: tensor_digest(m.weight) for m in task.matrices}
+        with nullcontext() if after is None else after.applied(model.pipe), scope(model.pipe):
+            solved = task.solve(model, parsed, numbers)
+        return [
+            [
+                self._made(task, pairs, lam, changes, before, after)
+                for lam, changes in zip(numbers, found, strict=True)
+            ]
+            for pairs, found in zip(parsed, solved, strict=True)
+        ]
+
+    def _made(
+        self,
+        task: _Task,
+        pairs: Sequence[Replacement],
+        lam: float,
+        changes: dict[str, Change],
+        before: Mapping[str, str],
+        after: Edit | None,
+    ) -> Edit:
+        manifest: dict[str, Any] = {
+            "schema": SCHEMA,
+            "model": self.model.name,
+            "method": task.method.name,
+            "source": task.method.source,
+            "sites": list(dict.fromkeys(m.site.name for m in task.matrices)),
+            "pairs": [
+                {
+                    "old": p.old,
+                    "new": list(p.news),
+                    "strength": p.strength,
+                    "shares": list(p.shares),
+                }
+                for p in pairs
+            ],
+            "lam": lam,
+            "tokens": task.tokens,
+            "templates": list(task.templates),
+            "bias": task.bias,
+            "preserve": list(task.preserve),
+            "preserve_weight": task.preserve_weight,
+            "base": dict(before),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "versions": software(),
+            "after": [],
+        }
+        if after is not None:
+            manifest["after"] = [*after.manifest["after"], copy.deepcopy(dict(after.manifest))]
+            manifest["base"] |= after.manifest["base"]
+            changes = dict(after.changes) | {
+                name: after.changes[name] + change if name in after.changes else change
+                for name, change in changes.items()
+            }
+        for name, change in changes.items():
+            if not bool(torch.isfinite(change.left).all() & torch.isfinite(change.right).all()):
+                raise ModelError(f"The edit of {name} came out as NaN: its inputs are not finite.")
+        return Edit(changes, manifest)
+
+
+class _Task:
+    """What one call of the editor solves."""
+
+    def __init__(
+        self,
+        method: Method,
+        matrices: list[Matrix],
+        templates: tuple[str, ...],
+        tokens: Tokens,
+        bias: Bias,
+        preserve: tuple[str, ...],
+        preserve_weight: float,
+    ) -> None:
+        self.method, self.matrices, self.templates = method, matrices, templates
+        self.tokens, self.bias = tokens, bias
+        self.preserve, self.preserve_weight = preserve, preserve_weight
+
+    def solve(
+        self, model: Model, lists: Sequence[Sequence[Replacement]], lams: Sequence[float]
+    ) -> list[list[dict[str, Change]]]:
+        """[list][lambda] of changes by matrix name."""
+        reads = [self._read(model, pairs) for pairs in lists]
+        found: list[list[dict[str, Change]]] = [[{} for _ in lams] for _ in lists]
+        for group in reads[0]:
+            solved = _solve([read[group] for read in reads], lams)
+            for matrix in self.matrices:
+                if group not in (matrix.name, ""):
+                    continue
+                extra = matrix.bias if self.bias == "as_released" else None
+                for i, by_lam in enumerate(solved):
+                    for j, change in enumerate(by_lam):
+                        found[i][j][matrix.name] = change.of(matrix.weight, extra)
+        return found
+
+    def _read(self, model: Model, pairs: Sequence[Replacement]) -> dict[str, Read]:
+        """By the matrix that reads it; "" where all of them read the text embedding."""
+        keep = self.preserve_weight
+        if not self.method.of_text:
+            facts = collect(model.encoders[0], pairs, self.templates, self.tokens, self.preserve)
+            return {"": read_embedding(model, facts, keep)}
+        reads: dict[str, Read] = {}
+        for name in dict.fromkeys(m.site.component for m in self.matrices):
+            own = [m for m in self.matrices if m.site.component == name]
+            encoder = encoder_of(model, own[0].site)
+            facts = collect(encoder, pairs, self.templates, self.tokens, self.preserve)
+            reads |= read_text(encoder, {m.name: m.module for m in own}, facts, keep)
+        return reads
+
+
+def _solve(reads: Sequence[Read], lams: Sequence[float]) -> list[list[InputChange]]:
+    """[read][lambda]. Those whose pairs are kept are solved in one batch."""
+    found: dict[int, list[InputChange]] = {
+        i: solve_moments(read.moments, lams)
+        for i, read in enumerate(reads)
+        if read.moments is not None
+    }
+    small = [i for i in range(len(reads)) if i not in found]
+    if 0 in lams:  # padding would make the system singular
+        found |= {
+            i: solve_inputs(torch.cat(reads[i].keys), torch.cat(reads[i].goals), lams)
+            for i in small
+        }
+    elif small:
+        # A row of zeros is a pair that asks for nothing and answers nothing.
+        keys, goals = (
+            torch.nn.utils.rnn.pad_sequence([torch.cat(rows) for rows in each], batch_first=True)
+            for each in ([reads[i].keys for i in small], [reads[i].goals for i in small])
+        )
+        solved = solve_inputs(keys, goals, lams)
+        for number, i in enumerate(small):
+            n = reads[i].pairs
+            found[i] = [
+                InputChange(c.left[number, :, :n], c.right[number, :n], c.pull[number])
+                for c in solved
+            ]
+    return [found[i] for i in range(len(reads))]
+
+
+def _phrases(preserve: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(preserve, str) or not all(isinstance(p, str) for p in preserve):
+        raise UsageError("preserve is a list of phrases, such as ['monet', 'a dog'].")
+    return tuple(dict.fromkeys(preserve))
+
+
+def _weight(value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
+        raise UsageError(f"preserve_weight is {value!r}; it has to be a number above 0.")
+    return float(value)

@@ -1,0 +1,198 @@
+"""An edit on disk: for fasttrace, as a LoRA for others, or as a whole pipeline.
+
+edit.json            the manifest, and what was written
+edit.safetensors     the factors, for `load_edit`
+pytorch_lora_weights.safetensors    PEFT keys: pipe.load_lora_weights(folder)
+kohya.safetensors    Kohya keys: ComfyUI, A1111
+pipeline/            the edited pipeline, where its rank is too high for a LoRA to be smaller
+README.md            the model card
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fasttrace.edit.edit import Edit
+from fasttrace.edit.factors import Factors, factorise
+from fasttrace.edit.solver import Change
+from fasttrace.errors import StoreError, UsageError
+from fasttrace.store.disk import OURS, disk_errors
+
+FORMS = ("peft", "kohya", "pipeline")
+MANIFEST, FACTORS, CARD = "edit.json", "edit.safetensors", "README.md"
+PEFT, KOHYA, PIPELINE = "pytorch_lora_weights.safetensors", "kohya.safetensors", "pipeline"
+
+
+class Written(BaseModel):
+    """The content of `edit.json`. ranks, discarded: of each matrix's LoRA, where there is one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: str = "fasttrace edit"
+    version: int = 1
+    forms: list[str]
+    ranks: dict[str, int]
+    discarded: dict[str, float]
+    edit: dict[str, Any]
+
+
+def save(
+    edit: Edit,
+    folder: str | Path,
+    *,
+    forms: Sequence[str] | None = None,
+    rank: int | None = None,
+    pipe: Any = None,
+) -> Path:
+    """Write a new folder; nothing of it is there unless all of it is.
+
+    forms: of `FORMS`; by default both LoRA forms, or, where the change's rank is above half its
+    size and `pipe` is given, the pipeline. rank: truncate the LoRA. pipe: unedited, for "pipeline".
+    Raises `UsageError` for a wrong call, `StoreError` where the folder exists or can't be written.
+    """
+    folder = Path(folder)
+    factors = {name: factorise(change, _rank(rank)) for name, change in edit.changes.items()}
+    chosen = _forms(edit, forms, rank, factors, pipe)
+    with disk_errors(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise StoreError(f"{folder} is there already; choose a new folder for the edit.")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = folder.parent / f"{OURS}-{secrets.token_hex(6)}.tmp"
+        try:
+            temporary.mkdir()
+            _fill(edit, temporary, chosen, factors, pipe)
+            if folder.exists():
+                folder.rmdir()
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def load_edit(folder: str | Path) -> Edit:
+    """What `save` wrote. Raises `StoreError` for anything else."""
+    folder = Path(folder)
+    with disk_errors(folder):
+        if not (folder / MANIFEST).is_file():
+            raise StoreError(f"{folder} holds no edit: there is no {MANIFEST} in it.")
+        text = (folder / MANIFEST).read_bytes()
+    try:
+        written = Written.model_validate_json(text)
+        base = written.edit["base"]
+        with safe_open(folder / FACTORS, "pt") as file:
+            tensors = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
+        changes = {name: Change(tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in base}
+        if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+            raise ValueError("it holds NaN")
+        return Edit(changes, written.edit)
+    except (ValidationError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise StoreError(f"The edit in {folder} is damaged ({reason[:120]}).") from error
+
+
+def peft_keys(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Text encoders' keys hold `text_model.`: so they load under every layout of transformers."""
+    found = {}
+    for name, f in factors.items():
+        component, path = _path(name)
+        found[f"{component}.{path}.lora_A.weight"] = _single(f.down)
+        found[f"{component}.{path}.lora_B.weight"] = _single(f.up)
+    return found
+
+
+def kohya_keys(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """As ComfyUI and A1111 read them; an SDXL pipeline numbers its two encoders."""
+    two = any(name.startswith("text_encoder_2.") for name in factors)
+    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if two else "lora_te"}
+    prefixes["text_encoder_2"] = "lora_te2"
+    found = {}
+    for name, f in factors.items():
+        component, path = _path(name)
+        key = f"{prefixes[component]}_{path.replace('.', '_')}"
+        found[f"{key}.lora_down.weight"] = _single(f.down)
+        found[f"{key}.lora_up.weight"] = _single(f.up)
+        # A scale of alpha / rank is applied: this one is 1.
+        found[f"{key}.alpha"] = torch.tensor(float(f.down.shape[0]))
+    return found
+
+
+def is_full(factors: Mapping[str, Factors]) -> bool:
+    """Whether some change has more than half the rank it could have, so a LoRA is no smaller."""
+    return any(2 * f.rank > min(f.up.shape[0], f.down.shape[1]) for f in factors.values())
+
+
+def _path(name: str) -> tuple[str, str]:
+    """(component, path in it): "text_encoder.layers.0.mlp.fc2" lies under text_model.encoder."""
+    component, path = name.split(".", 1)
+    return component, path if component == "unet" else f"text_model.encoder.{path}"
+
+
+def _single(tensor: Tensor) -> Tensor:
+    return tensor.float().cpu().contiguous()
+
+
+def _rank(rank: int | None) -> int | None:
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise UsageError(f"rank is {rank!r}; it has to be a whole number above 0.")
+    return rank
+
+
+def _forms(
+    edit: Edit,
+    forms: Sequence[str] | None,
+    rank: int | None,
+    factors: Mapping[str, Factors],
+    pipe: Any,
+) -> list[str]:
+    if forms is None:
+        full = is_full(factors) and rank is None and pipe is not None
+        return ["pipeline"] if full else ["peft", "kohya"]
+    unknown = [form for form in forms if form not in FORMS]
+    if unknown or not forms or isinstance(forms, str):
+        raise UsageError(f"forms is {forms!r}; expected some of {', '.join(FORMS)}.")
+    if "pipeline" in forms and pipe is None:
+        raise UsageError("The form 'pipeline' needs pipe=, the unedited pipeline it was made on.")
+    return [form for form in FORMS if form in forms]
+
+
+def _fill(
+    edit: Edit, folder: Path, forms: Sequence[str], factors: Mapping[str, Factors], pipe: Any
+) -> None:
+    written = Written(
+        forms=list(forms),
+        ranks={name: f.down.shape[0] for name, f in factors.items()},
+        discarded={name: f.discarded for name, f in factors.items()},
+        edit=dict(edit.manifest),
+    )
+    whole = {name: factorise(change) for name, change in edit.changes.items()}
+    sides = {f"{n}.left": _single(f.up) for n, f in whole.items()}
+    sides |= {f"{n}.right": _single(f.down) for n, f in whole.items()}
+    save_file(sides, folder / FACTORS)
+    if "peft" in forms:
+        save_file(peft_keys(factors), folder / PEFT, metadata={"format": "pt"})
+    if "kohya" in forms:
+        save_file(kohya_keys(factors), folder / KOHYA, metadata={"format": "pt"})
+    if "pipeline" in forms:
+        with edit.applied(pipe):
+            pipe.save_pretrained(folder / PIPELINE, safe_serialization=True)
+    card = Environment(
+        loader=PackageLoader("fasttrace.edit"), trim_blocks=True, lstrip_blocks=True
+    ).get_template("card.md.j2")
+    about = card.render(m=edit.manifest, edit=edit, written=written, files=(PEFT, KOHYA, PIPELINE))
+    (folder / CARD).write_text(about, encoding="utf-8")
+    (folder / MANIFEST).write_text(
+        json.dumps(written.model_dump(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

@@ -1,0 +1,149 @@
+"""Pictures of many prompts under many edits in one batch: each is a lane of the fast engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from fasttrace.adapters.pipeline import Model
+from fasttrace.adapters.scope import scope
+from fasttrace.adapters.text import Text, encode_cond
+from fasttrace.edit.edit import Edit
+from fasttrace.edit.matrices import find_matrix
+from fasttrace.engine.base import CLEAN, CORRUPT, Engine, Pair
+from fasttrace.errors import UsageError
+from fasttrace.types import Lane, Sampling
+
+AT_ONCE = 64  # prompts in one pass of the encoder
+
+
+@dataclass(frozen=True)
+class Order:
+    """Pictures of `prompts` from one first latent, under an edit or none."""
+
+    prompts: tuple[str, ...]
+    seed: int
+    edit: Edit | None = None
+
+
+@dataclass(frozen=True)
+class _Numbered(Lane):
+    """A lane that differs from its neighbours by its text alone."""
+
+    number: int = 0
+
+
+def generate(
+    model: Model, engine: Engine, orders: Sequence[Order], sampling: Sampling
+) -> Iterator[tuple[int, list[int], Tensor]]:
+    """(order, numbers of its prompts, their final latents [B, C, h, w]), as they come.
+
+    Edits of text encoders share batches and touch no weight; an edit of the UNet is applied while
+    its own orders run.
+    """
+    by_text = [i for i, order in enumerate(orders) if not _of_unet(order.edit)]
+    yield from _run(model, engine, orders, by_text, sampling)
+    for i, order in enumerate(orders):
+        if order.edit is not None and _of_unet(order.edit):
+            with order.edit.applied(model.pipe):
+                yield from _run(model, engine, orders, [i], sampling)
+
+
+@contextmanager
+def felt(model: Model, edit: Edit | None) -> Iterator[None]:
+    """Linear layers answer as if the edit were in their weights, which stay as they are."""
+    with ExitStack() as stack:
+        for name, change in ({} if edit is None else edit.changes).items():
+            module = find_matrix(model, name).module
+            left, right = (t.to(module.weight) for t in (change.left, change.right))
+            handle = module.register_forward_hook(_adding(left, right))
+            stack.callback(handle.remove)
+        yield
+
+
+def _adding(left: Tensor, right: Tensor) -> Any:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + linear(linear(args[0], right), left)
+
+    return hook
+
+
+def encode(
+    model: Model, prompts: Sequence[str], edit: Edit | None, sampling: Sampling
+) -> list[Text]:
+    """What the denoiser reads of each prompt under an edit of the text encoders."""
+    texts: list[Text] = []
+    with nullcontext() if edit is None or _of_unet(edit) else felt(model, edit):
+        first = model.text(prompts[0], "", model.guided(sampling))
+        for start in range(0, len(prompts), AT_ONCE):
+            part = list(prompts[start : start + AT_ONCE])
+            cond, pooled = encode_cond(model.pipe, part, model.device)
+            texts += [
+                replace(
+                    first,
+                    cond=cond[i : i + 1],
+                    pooled=None if pooled is None else pooled[i : i + 1],
+                )
+                for i in range(len(part))
+            ]
+    return texts
+
+
+def _of_unet(edit: Edit | None) -> bool:
+    return edit is not None and any(name.startswith("unet.") for name in edit.changes)
+
+
+def _run(
+    model: Model,
+    engine: Engine,
+    orders: Sequence[Order],
+    numbers: Sequence[int],
+    sampling: Sampling,
+) -> Iterator[tuple[int, list[int], Tensor]]:
+    """An order is one of the engine's pairs; its first two prompts are what it calls clean and
+    corrupt, the others lanes with texts of their own."""
+    if not numbers:
+        return
+    with scope(model.pipe):
+        pairs = [_pair(model, orders[i], sampling) for i in numbers]
+    runs = engine.run(pairs)
+    while True:
+        with scope(model.pipe):
+            finished = next(runs, None)
+        if finished is None:
+            return
+        groups: dict[int, list[tuple[int, int]]] = {}
+        for row, (pair, run) in enumerate(finished.runs):
+            place = {CLEAN: 0, CORRUPT: 1}.get(str(run))
+            if place is None and not isinstance(run, int):
+                continue  # copies for the noise floor
+            number = int(run) + 2 if place is None else place
+            if number < len(orders[numbers[pair]].prompts):
+                groups.setdefault(pair, []).append((number, row))
+        for pair, found in groups.items():
+            rows = [row for _, row in found]
+            yield numbers[pair], [number for number, _ in found], finished.latents[rows]
+
+
+def _pair(model: Model, order: Order, sampling: Sampling) -> Pair:
+    if not order.prompts:
+        raise UsageError("There is no prompt to make a picture of.")
+    texts = encode(model, order.prompts, order.edit, sampling)
+    first, second, rest = texts[0], texts[min(1, len(texts) - 1)], texts[2:]
+
+    def of_lanes(lanes: Sequence[Lane]) -> list[Text]:
+        return [rest[lane.number] for lane in lanes if isinstance(lane, _Numbered)]
+
+    return Pair(
+        texts={CLEAN: first, CORRUPT: second},
+        base=CLEAN,
+        start=model.start(sampling, order.seed),
+        sampling=sampling,
+        lanes=tuple(_Numbered(number=i) for i in range(len(rest))),
+        lane_texts=of_lanes,
+    )

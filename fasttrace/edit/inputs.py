@@ -1,0 +1,154 @@
+"""Keys and goals: what a matrix reads at the tokens of a pair. Nothing above it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasttrace.adapters.pipeline import Model
+from fasttrace.adapters.text import TextEncoder, encode_cond
+from fasttrace.edit.phrases import Fact, Facts
+from fasttrace.edit.solver import Moments
+
+AT_ONCE = 128  # prompts in one pass
+
+
+@dataclass
+class Read:
+    """What was read for one group of matrices, a pair a row, keys and goals [n, d] each.
+
+    Where there are more pairs than inputs only their sums are kept.
+    """
+
+    width: int
+    pairs: int
+    device: torch.device
+    keys: list[Tensor] = field(default_factory=list)
+    goals: list[Tensor] = field(default_factory=list)
+    moments: Moments | None = None
+
+    def __post_init__(self) -> None:
+        if self.pairs > self.width:
+            self.moments = Moments.zero(self.width, self.device)
+
+    def add(self, keys: Tensor, goals: Tensor) -> None:
+        if self.moments is not None:
+            self.moments.add_(keys, goals)
+        else:
+            self.keys.append(keys.double())
+            self.goals.append(goals.double())
+
+
+class _Enough(Exception):
+    """Everything asked for has been read; what lies above isn't needed."""
+
+
+def read_text(
+    encoder: TextEncoder, modules: Mapping[str, nn.Linear], facts: Facts, keep: float
+) -> dict[str, Read]:
+    """By name, the inputs of an encoder's linear layers. keep: the weight of what is preserved."""
+    reads = {
+        name: Read(module.in_features, facts.pairs, module.weight.device)
+        for name, module in modules.items()
+    }
+    for chunk, numbers in _chunks(facts):
+        found = _run(encoder, modules, [facts.prompts[n] for n in numbers], _length(chunk))
+        for name, rows in found.items():
+            reads[name].add(*_pairs(chunk, numbers, rows, keep))
+    return reads
+
+
+def read_embedding(model: Model, facts: Facts, keep: float) -> Read:
+    """The text embedding, which every cross-attention's keys and values are made from."""
+    width = int(model.unet.config.cross_attention_dim)
+    read = Read(width, facts.pairs, model.device)
+    for chunk, numbers in _chunks(facts):
+        rows, _ = encode_cond(model.pipe, [facts.prompts[n] for n in numbers], model.device)
+        read.add(*_pairs(chunk, numbers, rows, keep))
+    return read
+
+
+def _run(
+    encoder: TextEncoder, modules: Mapping[str, nn.Module], prompts: list[str], length: int
+) -> dict[str, Tensor]:
+    """The first `length` inputs [prompts, length, d] of each module.
+
+    A causal encoder's first tokens don't depend on later ones, so later ones are left out.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def hook_for(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[name] = args[0].detach()
+            if len(seen) == len(modules):
+                raise _Enough
+
+        return hook
+
+    tokenizer, device = encoder.tokenizer, encoder.word_embedding.weight.device
+    given = tokenizer(
+        [encoder.convert(prompt) for prompt in prompts],
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
+    )
+    inputs: dict[str, Any] = {"input_ids": given.input_ids[:, :length].to(device)}
+    if getattr(encoder.module.config, "use_attention_mask", False):
+        inputs["attention_mask"] = given.attention_mask[:, :length].to(device)
+    handles = [m.register_forward_pre_hook(hook_for(name)) for name, m in modules.items()]
+    try:
+        with suppress(_Enough):
+            encoder.module(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _chunks(facts: Facts) -> Iterator[tuple[list[Fact], list[int]]]:
+    """Facts whose prompts go through the encoder together, with those prompts' numbers."""
+    chunk: list[Fact] = []
+    numbers: dict[int, None] = {}
+    for fact in facts.facts:
+        needed = [fact.prompt, *(prompt for prompt, _, _ in fact.goal)]
+        new = [n for n in needed if n not in numbers]
+        if chunk and len(numbers) + len(new) > AT_ONCE:
+            yield chunk, list(numbers)
+            chunk, numbers, new = [], {}, needed
+        chunk.append(fact)
+        numbers.update(dict.fromkeys(new))
+    if chunk:
+        yield chunk, list(numbers)
+
+
+def _length(chunk: Sequence[Fact]) -> int:
+    return max(
+        place + fact.length
+        for fact in chunk
+        for place in (fact.position, *(position for _, position, _ in fact.goal))
+    )
+
+
+def _pairs(
+    chunk: Sequence[Fact], numbers: Sequence[int], rows: Tensor, keep: float
+) -> tuple[Tensor, Tensor]:
+    """Keys and goals [n, d] out of the prompts' rows [prompts, tokens, d]."""
+    at = {number: i for i, number in enumerate(numbers)}
+    keys, goals = [], []
+    for fact in chunk:
+        key = rows[at[fact.prompt], fact.position : fact.position + fact.length].double()
+        if fact.goal:
+            goal = sum(
+                rows[at[prompt], place : place + fact.length].double() * share
+                for prompt, place, share in fact.goal
+            )
+        else:
+            key = goal = key * keep**0.5
+        keys.append(key)
+        goals.append(goal)
+    return torch.cat(keys), torch.cat(goals)  # type: ignore[arg-type]  # sums of tensors

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fasttrace.adapters.pipeline import Model
 from fasttrace.adapters.selection import select_sites
 from fasttrace.adapters.text import TextEncoder
+from fasttrace.adapters.unet import kind_of
 from fasttrace.errors import ModelError, UsageError
 from fasttrace.types import Site
 
@@ -67,16 +68,16 @@ def matrices_at(model: Model, sites: Sequence[Site]) -> list[Matrix]:
     return found
 
 
-def sites_of(model: Model) -> list[Site]:
-    """Every site whose matrices can be edited."""
-    sampling = [int(model.default(side)) for side in ("height", "width")]
-    unet = [site for site in model.sites(*sampling).sites if site.kind in PARTS]
-    return [s for e in model.encoders for s in e.sites() if s.kind in PARTS] + unet
-
-
 def find_sites(model: Model, wanted: str | Sequence[str]) -> list[Site]:
-    """Sites by name, alias, kind or glob. Raises `UsageError`."""
-    return select_sites(sites_of(model), wanted)
+    """Sites by name, alias, kind or glob. Raises `UsageError` where nothing matches."""
+    text = [s for e in model.encoders for s in e.sites()]
+    words = [wanted] if isinstance(wanted, str) else list(wanted)
+    own = ("text_encoder", *(kind for kind in PARTS if kind != "attn2"))
+    if words and all(word.startswith(own) for word in words) and "attn2" not in words:
+        # Listing the UNet's own takes a forward on meta.
+        return select_sites(text, words)
+    height, width = (int(model.default(side)) for side in ("height", "width"))
+    return select_sites([*text, *model.sites(height, width).every], words)
 
 
 def encoder_of(model: Model, site: Site) -> TextEncoder:
@@ -85,12 +86,14 @@ def encoder_of(model: Model, site: Site) -> TextEncoder:
 
 def find_matrix(model: Model, name: str) -> Matrix:
     """By the name an edit was saved with. Raises `ModelError` where the model has none."""
-    site_name = name.rpartition(".")[0]
-    site = next((s for s in sites_of(model) if s.name == site_name), None)
-    if site is not None:
-        for matrix in matrices_at(model, [site]):
-            if matrix.name == name:
-                return matrix
+    place = name.rpartition(".")[0]
+    sites = {s.name: s for e in model.encoders for s in e.sites()}
+    if place in model.unet_modules():
+        sites[place] = Site(place, kind_of(place), "unet", index=-1, shape=())
+    found = matrices_at(model, [sites[place]]) if place in sites else []
+    for matrix in found:
+        if matrix.name == name:
+            return matrix
     raise ModelError(f"This model has no {name}, which the edit changes.")
 
 

@@ -41,8 +41,8 @@ class Method:
         if wanted is None:
             if self.located:
                 raise UsageError(
-                    f"{self.name} edits the cross-attention that tracing found: name it with site=, "
-                    "such as 'unet.mid_block.attentions.0.transformer_blocks.0.attn2'."
+                    f"{self.name} edits the cross-attention that tracing found: name it with "
+                    "site=, such as 'unet.mid_block.attentions.0.transformer_blocks.0.attn2'."
                 )
             found = find_sites(model, self.kind)
             return [s for s in found if not self.first or ".layers.0." in s.name]

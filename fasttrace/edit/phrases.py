@@ -133,7 +133,8 @@ def parse_templates(templates: Sequence[str]) -> tuple[str, ...]:
     for template in templates:
         if template.count("{}") != 1:
             raise UsageError(
-                f"The template '{template}' needs one {{}}, where the phrase goes: 'a photo of {{}}'."
+                f"The template '{template}' needs one {{}} where the phrase goes, such as "
+                "'a photo of {}'."
             )
     if not templates:
         raise UsageError("templates is empty; give at least '{}', the phrase alone.")

@@ -188,3 +188,30 @@ def pair_pictures(row: Row) -> tuple[str, str] | None:
         return None
     pair = row.picture.rsplit("_", 1)[0]
     return f"{pair}_clean", f"{pair}_corrupt"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One line of an evaluation's table: one picture of one edit, beside the unedited model's.
+
+    before, after: score of the prompt's own meaning on either picture. new_before, new_after: score
+    of the prompt with the edit's target in place of the phrase; None where nothing was to change.
+    expected, shown_before, shown_after: attribute -> class as JSON, empty without classifiers.
+    """
+
+    edit: str  # the folder's name
+    role: str  # edited, paraphrase, misspelling; neighbour, other: nothing was to change
+    phrase: str
+    attribute: str
+    prompt: str
+    seed: int
+    metric: str
+    before: float
+    after: float
+    new_before: float | None
+    new_after: float | None
+    expected: str
+    shown_before: str
+    shown_after: str
+    picture_before: str | None  # names under pictures/, without suffix
+    picture_after: str | None

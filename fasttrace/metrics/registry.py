@@ -60,6 +60,12 @@ class Metrics:
             raise UsageError(f"Two metrics have the same key: {', '.join(keys)}.")
         return tuple(found)
 
+    def classifier(self) -> Classifier | None:
+        """The model's own attribute classifiers; None where it brings none."""
+        if self._classifier is None and self._beside("classifiers") is not None:
+            self._classifier = self._load_classifier()
+        return self._classifier
+
     def _one(self, asked: Asked, probes: Sequence[Probe]) -> Metric:
         if isinstance(asked, Metric):
             return asked

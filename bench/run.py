@@ -153,6 +153,7 @@ def parse(description: str | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="smoke test: 1 prompt, 4 steps, few sites")
     add("--out", type=Path, help=f"{RESULTS.name} beside this script; with --quick nothing")
     add("--table", action="store_true", help="run nothing, print the tables of --out")
+    add("--profile", action="store_true", help="where the first way's time goes; writes nothing")
     # Workload, sweep, way, prompts, steps, every: for `measure.peak_in_fresh_process`.
     add("--peak", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -170,6 +171,9 @@ def main(description: str | None) -> int:
     args = parse(description)
     if args.peak:
         print(measure.peak(*args.peak[:3], *map(int, args.peak[3:])))
+        return 0
+    if args.profile:
+        print(profile(args))
         return 0
     rows: list[Row] = []
     failed = 0
@@ -206,6 +210,21 @@ def run_all(args: argparse.Namespace) -> tuple[list[Row], int]:
         found = list(planned(args.quick))
         keep(found, {(row.workload, row.sweep) for row in found})
     return rows, failed
+
+
+def profile(args: argparse.Namespace) -> str:
+    """Seconds by operator, of the first way, workload and sweep asked for, once warm."""
+    way, name = args.ways[0], args.sweep[0]
+    with scratch_folder() as folder, torch.no_grad():
+        workload = load(args.workload[0], args.prompts, args.steps, Path(folder))
+        with scope(workload.model.pipe):
+            sweep = make_sweep(workload, name)
+            run = Fast(workload) if way == FAST else WAYS[way].make(workload)
+            run(sweep)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+                run(sweep)
+    table: str = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=16)
+    return table
 
 
 def machine() -> str:

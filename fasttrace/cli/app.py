@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from fasttrace import __version__
-from fasttrace.cli import demo, info, plan, report, sites, trace
+from fasttrace.cli import demo, edit, evaluate, info, locate, plan, report, sites, trace
 from fasttrace.errors import FasttraceError, UsageError
 
 DONE, FAILED, WRONG_CALL, STOPPED = 0, 1, 2, 130
@@ -30,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (trace, plan, report, sites, info, demo):
+for module in (trace, plan, report, sites, edit, evaluate, locate, info, demo):
     app.command(name=module.NAME)(module.command)
 
 

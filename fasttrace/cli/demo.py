@@ -1,12 +1,13 @@
-"""`fasttrace demo`: the bundled model, four attributes, UNet and text encoder, one page."""
+"""`fasttrace demo`: the bundled model traced and edited, a page for each."""
 
 from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +15,7 @@ from fasttrace.cli.options import COMPONENTS, Json, Out, Quiet
 from fasttrace.types import Corruption, Probe
 
 if TYPE_CHECKING:
+    from fasttrace.report.judged import Judged
     from fasttrace.report.result import Result
     from fasttrace.report.statistics import SiteEffect
     from fasttrace.store.probes import ProbeEntry
@@ -22,6 +24,18 @@ NAME = "demo"
 PROMPTS = 5  # of each attribute, one seed: enough for intervals, minutes on two cores
 TOKENS: list[str | int] = ["last subject", "EOS", "padding"]
 TOP = 5
+# What is erased afterwards: each name is an edit with its pairs and the attribute they are of.
+_TEN = ("cat", "rocket", "house", "palm tree", "owl", "banana", "car", "robot", "guitar", "key")
+_OTHERS = ("duck", "tent", "castle", "cactus", "snail", "egg", "bus", "ghost", "bell", "hammer")
+EDITS: dict[str, tuple[str, list[tuple[str, str]]]] = {
+    "one-style": ("style", [("ink", "glossy")]),
+    "one-object": ("object", [("dog", "cat")]),
+    "ten-objects": ("object", list(zip(_TEN, _OTHERS, strict=True))),
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "style": {"method": "mlp"},
+    "object": {"method": "diffquickfix", "tokens": "last"},
+}
 
 
 def command(
@@ -31,11 +45,12 @@ def command(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Trace the bundled model and print the most causal sites of each attribute.
+    """Trace the bundled model, print the most causal sites of each attribute, and erase concepts.
 
     Without --full it takes a few prompts, one seed and three text tokens, so that it ends within
     minutes on two cores; n is printed.
     """
+    from fasttrace.cli.judging import lines
     from fasttrace.cli.sweep import Request, run
     from fasttrace.report.html import write_report
     from fasttrace.report.result import Result
@@ -65,6 +80,7 @@ def command(
         quiet=quiet,
     )
     outcome = run(request)
+    edited, judged = _erase(out, quiet)
     page = write_report(out)
     result = Result.open(out)
     causal = result.causal(top=TOP)
@@ -73,10 +89,35 @@ def command(
         from fasttrace.cli.report import as_dict
 
         about = {**vars(outcome), "report": str(page), "seconds": seconds}
+        about |= {"edits": [asdict(one) for one in judged], "edits_report": str(edited)}
         print(json.dumps({**about, "causal": [as_dict(effect) for effect in causal]}))
         return
     _print(result, causal)
-    print(f"\n{seconds:.0f} s. The report: {page}")
+    print("\nErased in closed form (UA: gone; IRA, CRA: what was to stay):")
+    for line in lines(judged):
+        print(f"  {line}")
+    print(f"\n{seconds:.0f} s. The report: {page}\nThe edits: {edited}")
+
+
+def _erase(out: Path, quiet: bool) -> tuple[Path, list[Judged]]:
+    """Make the edits, where they aren't there yet, and judge them; their page."""
+    from fasttrace import Editor, load, load_edit
+    from fasttrace.cli.judging import default_probes, judge_edits
+    from fasttrace.edit.export import MANIFEST
+    from fasttrace.report.edits import write_edits_report
+    from fasttrace.report.html import EDITS as FOLDER
+    from fasttrace.report.judged import judge
+
+    pipe = load("embedded")
+    editor, edits = Editor(pipe), {}
+    for name, (attribute, pairs) in EDITS.items():
+        place = out / FOLDER / name
+        if not (place / MANIFEST).is_file():
+            editor.edit(pairs, **SETTINGS[attribute]).save(place)
+        edits[name] = load_edit(place)
+    rows = judge_edits(pipe, edits, out / FOLDER, default_probes("embedded"), [0], quiet=quiet)
+    page = write_edits_report(out / FOLDER, {name: e.manifest for name, e in edits.items()})
+    return page, judge(rows)
 
 
 def choose(entries: list[ProbeEntry], full: bool) -> dict[Probe, list[int]]:

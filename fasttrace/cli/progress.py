@@ -17,20 +17,25 @@ KNOWN = 0.05  # of all rows: before so many are in, their rate says little
 
 @contextmanager
 def progress(
-    total: int, quiet: bool, expected: float | None = None, stream: TextIO | None = None
+    total: int,
+    quiet: bool,
+    expected: float | None = None,
+    stream: TextIO | None = None,
+    words: tuple[str, str] = ("tracing", "rows"),
 ) -> Iterator[Advance]:
     """Call the yielded function after every row. `total` is what is still to be done.
 
-    expected: seconds that a plan foretells, which time left is read from until rows tell.
+    expected: seconds that a plan foretells, which time left is read from until rows tell. words:
+    what is done, and to what.
     """
     stream = stream or sys.stderr
     if quiet or total == 0:
         yield lambda: None
     elif stream.isatty():
-        with _bar(total, stream, expected) as advance:
+        with _bar(total, stream, expected, words) as advance:
             yield advance
     else:
-        yield _lines(total, stream, time.monotonic, expected)
+        yield _lines(total, stream, time.monotonic, expected, words[1])
 
 
 def time_left(done: int, total: int, elapsed: float, expected: float | None) -> float | None:
@@ -41,7 +46,9 @@ def time_left(done: int, total: int, elapsed: float, expected: float | None) -> 
 
 
 @contextmanager
-def _bar(total: int, stream: TextIO, expected: float | None) -> Iterator[Advance]:
+def _bar(
+    total: int, stream: TextIO, expected: float | None, words: tuple[str, str]
+) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -56,7 +63,7 @@ def _bar(total: int, stream: TextIO, expected: float | None) -> Iterator[Advance
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
             speed = task.finished_speed or task.speed
-            return Text("" if speed is None else rate(speed), style="progress.data.speed")
+            return Text("" if speed is None else rate(speed, words[1]), style="progress.data.speed")
 
     class Left(ProgressColumn):
         def render(self, task: Task) -> Text:
@@ -65,7 +72,7 @@ def _bar(total: int, stream: TextIO, expected: float | None) -> Iterator[Advance
             return Text(text, style="progress.remaining")
 
     columns = (
-        TextColumn("tracing"),
+        TextColumn(words[0]),
         BarColumn(),
         MofNCompleteColumn(),
         Rate(),
@@ -73,12 +80,16 @@ def _bar(total: int, stream: TextIO, expected: float | None) -> Iterator[Advance
     )
     # The rate is over the last two minutes: rows of a pair come in bursts.
     with Progress(*columns, console=Console(file=stream), speed_estimate_period=120) as live:
-        task = live.add_task("rows", total=total)
+        task = live.add_task(words[1], total=total)
         yield lambda: live.advance(task)
 
 
 def _lines(
-    total: int, stream: TextIO, clock: Callable[[], float], expected: float | None = None
+    total: int,
+    stream: TextIO,
+    clock: Callable[[], float],
+    expected: float | None = None,
+    what: str = "rows",
 ) -> Advance:
     start = last = clock()
     done = 0
@@ -93,15 +104,16 @@ def _lines(
         speed = done / max(now - start, 1e-9)
         seconds = None if done == total else time_left(done, total, now - start, expected)
         left = "" if seconds is None else f", {duration(seconds)} left"
-        stream.write(f"{done}/{total} rows, {rate(speed)}{left}\n")
+        stream.write(f"{done}/{total} {what}, {rate(speed, what)}{left}\n")
         stream.flush()
 
     return advance
 
 
-def rate(speed: float) -> str:
+def rate(speed: float, what: str = "rows") -> str:
     """Rows a second, or seconds a row where that reads better."""
-    return f"{speed:.1f} rows/s" if speed >= 1 else f"{1 / max(speed, 1e-9):.1f} s/row"
+    one = what.removesuffix("s")
+    return f"{speed:.1f} {what}/s" if speed >= 1 else f"{1 / max(speed, 1e-9):.1f} s/{one}"
 
 
 def duration(seconds: float) -> str:

@@ -45,6 +45,7 @@ class Request:
     quiet: bool
     engine: str = "fast"
     options: Mapping[str, Any] = field(default_factory=dict)  # of the engine
+    edit: Path | None = None  # a saved edit that the model is traced with
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,11 @@ def run(request: Request) -> Outcome:
     start = time.monotonic()
     before = Manifest.read(request.out)  # a foreign directory is refused before a model is loaded
     quiet_libraries()
-    from fasttrace import Tracer, load
+    from fasttrace import Tracer, load, load_edit
 
     pipe = load(request.model, dtype=request.dtype, device=request.device)
+    if request.edit is not None:
+        load_edit(request.edit).apply_(pipe)
     tracer = Tracer(pipe, engine=request.engine, **request.options)
     plans = make_plans(tracer, request, before)
     planned = sum(plan.total for plan in plans)

@@ -53,9 +53,10 @@ class Edit:
         m = self.manifest
         pairs = [f"{p['old']} -> {' + '.join(p['new']) or '(nothing)'}" for p in m["pairs"]]
         shown = ", ".join(pairs[:3]) + (f" and {len(pairs) - 3} more" if len(pairs) > 3 else "")
+        number = len(self.changes)
+        matrices = "1 matrix" if number == 1 else f"{number} matrices"
         return (
-            f"{m['method']} of {shown}: {len(self.changes)} matrices, {self.parameters:,} numbers, "
-            f"lam {m['lam']:g}"
+            f"{m['method']} of {shown}: {matrices}, {self.parameters:,} numbers, lam {m['lam']:g}"
         )
 
     def apply_(self, pipe: Any, *, force: bool = False) -> None:

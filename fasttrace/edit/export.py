@@ -82,25 +82,40 @@ def save(
     return folder
 
 
-def load_edit(folder: str | Path) -> Edit:
-    """What `save` wrote. Raises `StoreError` for anything else."""
+def read_written(folder: str | Path) -> Written:
+    """What `save` said of itself. Raises `StoreError` where there is no edit or a damaged one."""
     folder = Path(folder)
     with disk_errors(folder):
         if not (folder / MANIFEST).is_file():
             raise StoreError(f"{folder} holds no edit: there is no {MANIFEST} in it.")
         text = (folder / MANIFEST).read_bytes()
     try:
-        written = Written.model_validate_json(text)
-        base = written.edit["base"]
+        return Written.model_validate_json(text)
+    except ValidationError as error:
+        raise _damaged(folder, error) from error
+
+
+def load_edit(folder: str | Path) -> Edit:
+    """What `save` wrote. Raises `StoreError` for anything else."""
+    folder = Path(folder)
+    written = read_written(folder)
+    try:
         with safe_open(folder / FACTORS, "pt") as file:
             tensors = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
-        changes = {name: Change(tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in base}
+        changes = {
+            name: Change(tensors[f"{name}.left"], tensors[f"{name}.right"])
+            for name in written.edit["base"]
+        }
         if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
             raise ValueError("it holds NaN")
         return Edit(changes, written.edit)
-    except (ValidationError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise StoreError(f"The edit in {folder} is damaged ({reason[:120]}).") from error
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> StoreError:
+    reason = (str(error).splitlines() or [""])[0]
+    return StoreError(f"The edit in {folder} is damaged ({reason[:120]}).")
 
 
 def peft_keys(factors: Mapping[str, Factors]) -> dict[str, Tensor]:

@@ -89,4 +89,7 @@ def parse_method(name: str | None, sites: Sequence[Site]) -> Method:
 
 def _other(kind: str) -> str:
     fitting = [m.name for m in METHODS.values() if m.kind == kind]
-    return f"For that, use {' or '.join(fitting)}." if fitting else ""
+    if fitting:
+        return f"For that, use {' or '.join(fitting)}."
+    kinds = ", ".join(dict.fromkeys(m.kind for m in METHODS.values()))
+    return f"What can be edited is of kind {kinds}."

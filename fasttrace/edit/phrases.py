@@ -72,7 +72,7 @@ def parse_replacements(pairs: Iterable[Any], *, empty_new: bool) -> tuple[Replac
 
     empty_new: whether the empty text is a target.
     """
-    if isinstance(pairs, str | Replacement):
+    if isinstance(pairs, str | Replacement) or not isinstance(pairs, Iterable):
         raise UsageError('pairs is a list, such as [("van gogh", "painting")].')
     found = tuple(_replacement(pair) for pair in pairs)
     if not found:
@@ -82,18 +82,20 @@ def parse_replacements(pairs: Iterable[Any], *, empty_new: bool) -> tuple[Replac
     seen: dict[str, Replacement] = {}
     for each in found:
         before = seen.setdefault(_plain(each.old), each)
-        if before != each:
+        if _meaning(before) != _meaning(each):
             raise UsageError(
                 f"'{each.old}' is to become both {before.new!r} and {each.new!r}; give it once."
             )
     return tuple(seen.values())
 
 
+def _meaning(pair: Replacement) -> tuple[Any, ...]:
+    return [_plain(new) for new in pair.news], pair.shares, pair.strength
+
+
 def _replacement(pair: Any) -> Replacement:
-    if isinstance(pair, Replacement):
-        return pair
     try:
-        old, new = pair
+        old, new = (pair.old, pair.new) if isinstance(pair, Replacement) else pair
     except (TypeError, ValueError):
         old, new = None, None
     several = isinstance(new, tuple | list) and all(isinstance(n, str) for n in new)
@@ -101,6 +103,8 @@ def _replacement(pair: Any) -> Replacement:
         raise UsageError(
             f"A pair is two phrases, such as ('van gogh', 'painting'); this is none: {pair!r}."
         )
+    if isinstance(pair, Replacement):
+        return pair
     return Replacement(old, new if isinstance(new, str) else tuple(new))
 
 
@@ -131,7 +135,7 @@ def parse_templates(templates: Sequence[str]) -> tuple[str, ...]:
     if isinstance(templates, str):
         raise UsageError("templates is a list, such as ['{}', 'a photo of {}'].")
     for template in templates:
-        if template.count("{}") != 1:
+        if not isinstance(template, str) or template.count("{}") != 1:
             raise UsageError(
                 f"The template '{template}' needs one {{}} where the phrase goes, such as "
                 "'a photo of {}'."
@@ -217,7 +221,7 @@ class _Collector:
             self._fact(pair, old, i, goals)
 
     def _whole(self, template: str, phrase: str) -> tuple[int, tuple[int, ...]]:
-        prompt = template.format(phrase)
+        prompt = _filled(template, phrase)
         return self._number(prompt), self.encoder.tokens(prompt).ids
 
     def _fact(
@@ -246,7 +250,7 @@ class _Collector:
             return self._number(""), 0
         encoder = self.encoder
         before = encoder.convert(template[: template.index("{}")])
-        prompt = encoder.convert(template.format(phrase))
+        prompt = encoder.convert(_filled(template, phrase))
         start = len(before)
         stop = start + len(encoder.convert(phrase))
         last = last_token(encoder.tokenizer, prompt, start, stop)
@@ -275,6 +279,10 @@ def _common_tokens(old: Sequence[int], new: Sequence[int]) -> dict[int, int]:
     """Old position -> new position of the tokens that both have, in order."""
     matcher = SequenceMatcher(None, old, new, autojunk=False)
     return {a + i: b + i for a, b, size in matcher.get_matching_blocks() for i in range(size)}
+
+
+def _filled(template: str, phrase: str) -> str:
+    return template.replace("{}", phrase) if _plain(phrase) else ""
 
 
 def _plain(phrase: str) -> str:

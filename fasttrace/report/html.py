@@ -17,6 +17,7 @@ from fasttrace.store.manifest import Manifest
 from fasttrace.store.store import merge, require
 
 REPORT = "report.html"
+EDITS = "edits"  # of a results directory: edits made after the trace
 
 
 def write_report(out: Path | str, **options: Any) -> Path:
@@ -29,12 +30,16 @@ def write_report(out: Path | str, **options: Any) -> Path:
     manifest = require(out)
     merge(out)
     path = out / REPORT
-    write_atomic(path, render(Result.open(out), manifest, **options).encode())
+    edits = f"{EDITS}/{REPORT}" if (out / EDITS / REPORT).is_file() else None
+    write_atomic(path, render(Result.open(out), manifest, edits=edits, **options).encode())
     return path
 
 
-def render(result: Result, manifest: Manifest, **options: Any) -> str:
-    """The page. Raises `StoreError` without rows, `UsageError` for an unknown metric."""
+def render(result: Result, manifest: Manifest, *, edits: str | None = None, **options: Any) -> str:
+    """The page; `edits` is where one about edits lies.
+
+    Raises `StoreError` without rows, `UsageError` for an unknown metric.
+    """
     if not result.rows:
         raise StoreError(
             "there are no finished rows to report yet. Run the trace again with the same command; "
@@ -55,7 +60,7 @@ def render(result: Result, manifest: Manifest, **options: Any) -> str:
     )
     environment.filters["number"] = _number
     template = environment.get_template("report.html.j2")
-    return template.render(view=view, shades=_shades(), versions=_versions(view))
+    return template.render(view=view, edits=edits, shades=_shades(), versions=_versions(view))
 
 
 def _number(value: float) -> str:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isnan
+from typing import Any
 
 import numpy as np
 
@@ -42,9 +44,9 @@ class Figure:
 class Judged:
     """One edit's figures; None where nothing of the kind was asked.
 
-    ua, ira, cra: percent, with classifiers alone. before: the same shares of the unedited model.
-    scores: role -> (score before, score after) of the prompt's own meaning; targets: of the prompt
-    with the edit's target in it.
+    ua, ira, cra, misspelt, paraphrased: percent, with classifiers alone. before: the same shares of
+    the unedited model, by those names. scores: role -> (score before, score after) of the prompt's
+    own meaning; targets: of the prompt with the edit's target in it.
     """
 
     edit: str
@@ -59,6 +61,10 @@ class Judged:
     scores: dict[str, tuple[Figure, Figure]]
     changes: dict[str, Figure]  # role -> after - before
     targets: dict[str, tuple[Figure, Figure]]
+    target_changes: dict[str, Figure]
+
+
+SHARES = ("ua", "ira", "cra", "misspelt", "paraphrased")
 
 
 def judge(rows: Sequence[Judgement]) -> list[Judged]:
@@ -67,10 +73,11 @@ def judge(rows: Sequence[Judgement]) -> list[Judged]:
 
 
 def figure(values: Iterable[tuple[str, int, float]], seed: int = 0) -> Figure | None:
-    """values: (prompt, seed, value). None without any."""
+    """values: (prompt, seed, value), NaN left out. None without any."""
     found: dict[tuple[str, int], list[float]] = {}
     for prompt, number, value in values:
-        found.setdefault((prompt, number), []).append(value)
+        if not isnan(value):
+            found.setdefault((prompt, number), []).append(value)
     if not found:
         return None
     prompts = list(dict.fromkeys(prompt for prompt, _ in found))
@@ -107,39 +114,78 @@ def _judged(rows: Sequence[Judgement]) -> Judged:
     def crossed(which: Sequence[Judgement], field: str) -> Figure | None:
         return _share(which, field, lambda row, shown: _kept_others(row, shown, own))
 
-    pairs = [("ua", gone, edited), ("ira", kept, near), ("cra", crossed, everything)]
-    after = {name: measure(which, "shown_after") for name, measure, which in pairs}
-    scores, changes, targets = {}, {}, {}
-    for role, which in by_role.items():
-        scores[role] = _both(which, "before", "after")
-        change = figure((r.prompt, r.seed, r.after - r.before) for r in which)
-        if change is not None:
-            changes[role] = change
-        if which[0].new_after is not None:
-            targets[role] = _both(which, "new_before", "new_after")
+    measures = {
+        "ua": (gone, edited),
+        "ira": (kept, near),
+        "cra": (crossed, everything),
+        "misspelt": (gone, by_role.get(MISSPELLING, [])),
+        "paraphrased": (gone, by_role.get(PARAPHRASE, [])),
+    }
+    before, after = (
+        {name: measure(which, field) for name, (measure, which) in measures.items()}
+        for field in ("shown_before", "shown_after")
+    )
+    scores = {role: _change(which, "before", "after") for role, which in by_role.items()}
+    targets = {role: _change(which, "new_before", "new_after") for role, which in by_role.items()}
     return Judged(
         edit=rows[0].edit,
         phrases=phrases,
         metric=rows[0].metric,
-        ua=after["ua"],
-        ira=after["ira"],
-        cra=after["cra"],
-        misspelt=gone(by_role.get(MISSPELLING, []), "shown_after"),
-        paraphrased=gone(by_role.get(PARAPHRASE, []), "shown_after"),
-        before={name: measure(which, "shown_before") for name, measure, which in pairs},
-        scores=scores,
-        changes=changes,
-        targets=targets,
+        **after,
+        before=before,
+        scores={role: (c[0], c[1]) for role, c in scores.items() if c is not None},
+        changes={role: c[2] for role, c in scores.items() if c is not None},
+        targets={role: (c[0], c[1]) for role, c in targets.items() if c is not None},
+        target_changes={role: c[2] for role, c in targets.items() if c is not None},
     )
 
 
-def _both(rows: Sequence[Judgement], first: str, second: str) -> tuple[Figure, Figure]:
+def mean(judged: Sequence[Judged]) -> Judged:
+    """The mean over edits, each edit one unit of the intervals (`prompts` counts edits)."""
+
+    def over(of: Callable[[Judged], Figure | None]) -> Figure | None:
+        found = [(j.edit, f) for j in judged if (f := of(j)) is not None]
+        whole = figure((name, 0, f.value) for name, f in found)
+        return whole and replace(whole, pictures=sum(f.pictures for _, f in found))
+
+    def by_role(of: Callable[[Judged], dict[str, Figure]]) -> dict[str, Figure]:
+        roles = dict.fromkeys(role for j in judged for role in of(j))
+        found = {role: over(lambda j, role=role: of(j).get(role)) for role in roles}  # type: ignore[misc]
+        return {role: f for role, f in found.items() if f is not None}
+
+    def both(of: Callable[[Judged], dict[str, tuple[Figure, Figure]]]) -> dict[str, Any]:
+        sides = [by_role(lambda j, i=i: {r: f[i] for r, f in of(j).items()}) for i in (0, 1)]  # type: ignore[misc]
+        return {role: (sides[0][role], sides[1][role]) for role in sides[0]}
+
+    return Judged(
+        edit=f"mean of {len(judged)} edits",
+        phrases=tuple(dict.fromkeys(phrase for j in judged for phrase in j.phrases)),
+        metric=judged[0].metric,
+        **{name: over(lambda j, name=name: getattr(j, name)) for name in SHARES},  # type: ignore[misc]
+        before={name: over(lambda j, name=name: j.before[name]) for name in SHARES},  # type: ignore[misc]
+        scores=both(lambda j: j.scores),
+        changes=by_role(lambda j: j.changes),
+        targets=both(lambda j: j.targets),
+        target_changes=by_role(lambda j: j.target_changes),
+    )
+
+
+def _change(
+    rows: Sequence[Judgement], first: str, second: str
+) -> tuple[Figure, Figure, Figure] | None:
+    """Before, after, and the paired difference, of the rows that have both."""
     found = [
-        figure((r.prompt, r.seed, getattr(r, name)) for r in rows if getattr(r, name) is not None)
-        for name in (first, second)
-    ]
-    assert found[0] is not None and found[1] is not None
-    return found[0], found[1]
+        (r.prompt, r.seed, one, two)
+        for r in rows
+        if (one := getattr(r, first)) is not None and (two := getattr(r, second)) is not None
+        and not isnan(one + two)
+    ]  # fmt: skip
+    before = figure((prompt, seed, one) for prompt, seed, one, _ in found)
+    after = figure((prompt, seed, two) for prompt, seed, _, two in found)
+    change = figure((prompt, seed, two - one) for prompt, seed, one, two in found)
+    if before is None or after is None or change is None:
+        return None
+    return before, after, change
 
 
 _Verdict = Callable[[Judgement, dict[str, str]], list[bool]]
@@ -155,8 +201,7 @@ def _share(rows: Sequence[Judgement], field: str, verdict: _Verdict) -> Figure |
 
 
 def _gone(row: Judgement, shown: dict[str, str]) -> list[bool]:
-    wanted = json.loads(row.expected).get(row.attribute)
-    return [] if wanted is None else [shown[row.attribute] != wanted]
+    return [not same for same in _kept_own(row, shown)]
 
 
 def _kept_own(row: Judgement, shown: dict[str, str]) -> list[bool]:

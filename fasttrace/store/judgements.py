@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,25 +32,45 @@ def write_judgements(folder: Path, rows: Sequence[Judgement]) -> Path:
     """Write `judgements.parquet`, whole or not at all. Raises `StoreError`."""
     table = pa.Table.from_pylist([asdict(row) for row in rows], schema=_SCHEMA)
     sink = io.BytesIO()
-    pq.write_table(table, sink)
+    pq.write_table(table, sink, compression="zstd")
     path = folder / TABLE
     write_atomic(path, sink.getvalue())
     return path
 
 
 def read_judgements(folder: Path) -> list[Judgement]:
-    """Raises `StoreError` where there are none or they are damaged."""
+    """Raises `StoreError` where there are none, or they are damaged or of another version."""
     path = folder / TABLE
     with disk_errors(path):
         if not path.is_file():
             raise StoreError(f"{folder} holds no evaluation; `fasttrace evaluate` makes one.")
+        data = path.read_bytes()
     try:
-        table = pq.read_table(path)
-        if (table.schema.metadata or {}).get(VERSION_KEY) != VERSION:
-            raise ValueError("it is of another version of fasttrace")
-        names = [f.name for f in _FIELDS]
-        rows: list[dict[str, Any]] = table.select(names).to_pylist()
-        return [Judgement(**row) for row in rows]
+        # No threads, for the reason that `from_parquet` gives.
+        table = pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(use_threads=False)
+        version = (table.schema.metadata or {}).get(VERSION_KEY)
+        if version == VERSION:
+            rows = table.select(_SCHEMA.names).cast(_SCHEMA).to_pylist()
+            return [_checked(Judgement(**row)) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise StoreError(f"{path} is damaged ({reason[:120]}).") from error
+        raise StoreError(
+            f"{path} is damaged ({reason[:120]}). `fasttrace evaluate` makes it anew."
+        ) from error
+    if version is None:
+        raise StoreError(f"{path} holds no evaluation: it was not written by fasttrace.")
+    raise StoreError(
+        f"{path} is an evaluation of version {version.decode(errors='replace')[:20]}; this "
+        f"fasttrace reads {VERSION.decode()}. Read it with the version that wrote it."
+    )
+
+
+def _checked(row: Judgement) -> Judgement:
+    """Raises `ValueError` where its JSON can't be what a classifier said."""
+    expected, *shown = (json.loads(t) for t in (row.expected, row.shown_before, row.shown_after))
+    for found in (expected, *shown):
+        if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+            raise ValueError(f"classes are {found!r}")
+    if not all(expected.keys() <= each.keys() for each in shown):
+        raise ValueError(f"a picture was not judged for all of {', '.join(expected)}")
+    return row

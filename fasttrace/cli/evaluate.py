@@ -1,0 +1,114 @@
+"""`fasttrace evaluate`: did an edit work, and what else moved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fasttrace.cli.options import Json, Quiet, check_text, parse_seeds
+from fasttrace.errors import StoreError, UsageError
+
+NAME = "evaluate"
+FOLDER = "evaluation"
+
+
+def command(
+    directory: Annotated[
+        Path, typer.Argument(help="A saved edit, or a folder of several.", metavar="DIR")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="What it was made on, where the edit's name doesn't load.")
+    ] = None,
+    probes: Annotated[
+        Path | None, typer.Option(help="Captions to ask with.", metavar="FILE")
+    ] = None,
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option(help="What an edited phrase is; repeatable.", metavar="PHRASE=NAME"),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="0:4 is 0, 1, 2, 3.", metavar="SEEDS")] = "0:2",
+    metric: Annotated[str | None, typer.Option(help="The score.", metavar="NAME")] = None,
+    steps: Annotated[int | None, typer.Option(help="Inference steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="DIR/evaluation.", metavar="DIR")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Make pictures with and without the edit, score both, write a table and a page.
+
+    Asked are captions with the edited phrase (also misspelt and in other words), its neighbours and
+    other attributes. The bundled model's pictures are also judged by its classifiers.
+    """
+    from fasttrace.cli.judging import Clock, default_probes, judge_edits, lines, read_edits
+    from fasttrace.cli.sweep import quiet_libraries
+
+    clock = Clock()
+    edits = read_edits(directory)
+    names = {edit.manifest["model"] for edit in edits.values()}
+    if model is None and len(names) > 1:
+        raise UsageError(f"The edits in {directory} are of several models; name one with --model.")
+    base = check_text("--model", model or names.pop())
+    kinds = dict(parse_attribute(text) for text in attribute or [])
+    numbers = parse_seeds(seeds)
+    quiet_libraries()
+    from fasttrace import load
+    from fasttrace.report.edits import write_edits_report
+    from fasttrace.report.judged import judge
+    from fasttrace.store.probes import read_probes
+
+    asked = (
+        default_probes(base) if probes is None else [entry.probe() for entry in read_probes(probes)]
+    )
+    target = out or directory / FOLDER
+    if target.exists() and not target.is_dir():
+        raise StoreError(f"{target} is a file; choose another --out.")
+    pipe = load(base, dtype=dtype, device=device)
+    rows = judge_edits(
+        pipe,
+        edits,
+        target,
+        asked,
+        numbers,
+        attributes=kinds,
+        metric=metric,
+        sampling={"steps": steps, "guidance": guidance},
+        quiet=quiet,
+    )
+    page = write_edits_report(target, {name: edit.manifest for name, edit in edits.items()})
+    judged = judge(rows)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "out": str(target),
+                    "report": str(page),
+                    "pictures": 2 * len(rows),
+                    "seconds": clock.seconds,
+                    "edits": [asdict(one) for one in judged],
+                }
+            )
+        )
+        return
+    for line in lines(judged):
+        print(line)
+    if not quiet:
+        print(f"{clock.seconds:.0f} s. The report: {page}")
+
+
+def parse_attribute(text: str) -> tuple[str, str]:
+    """ "van gogh=style". Raises `UsageError`."""
+    phrase, equals, name = check_text("--attribute", text).rpartition("=")
+    if not equals or not phrase.strip() or not name.strip():
+        raise UsageError(
+            f"--attribute {text!r} can't be read: expected a phrase and what it is, such as "
+            '"van gogh=style".'
+        )
+    return phrase.strip(), name.strip()

@@ -1,0 +1,221 @@
+"""`fasttrace locate-and-edit`: trace, edit what tracing found, trace again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fasttrace.cli.edit import Lam, Pair, Preserve, Template, Tokens, given, read_replacements
+from fasttrace.cli.options import Json, Quiet, check_text, parse_seeds
+from fasttrace.errors import StoreError, UsageError
+from fasttrace.types import Corruption, Probe
+
+if TYPE_CHECKING:
+    from fasttrace.report.statistics import SiteEffect
+
+NAME = "locate-and-edit"
+MOST = 6  # captions traced a phrase
+BEFORE, AFTER, EDIT, EVALUATION = "before", "after", "edit", "evaluation"
+
+
+def command(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="'embedded', a pipeline's folder, or a hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.", metavar="DIR")],
+    pair: Pair = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="A file of pairs instead.", metavar="FILE")
+    ] = None,
+    probes: Annotated[
+        Path | None, typer.Option(help="Captions to trace and ask with.", metavar="FILE")
+    ] = None,
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option(help="What a phrase is; repeatable.", metavar="PHRASE=NAME"),
+    ] = None,
+    component: Annotated[
+        list[str] | None,
+        typer.Option("--component", help="text_encoder, unet or all.", metavar="NAME"),
+    ] = None,
+    lam: Lam = None,
+    template: Template = None,
+    tokens: Tokens = None,
+    preserve: Preserve = None,
+    seeds: Annotated[str, typer.Option(help="0:4 is 0, 1, 2, 3.", metavar="SEEDS")] = "0",
+    metric: Annotated[str | None, typer.Option(help="The score.", metavar="NAME")] = None,
+    steps: Annotated[int | None, typer.Option(help="Inference steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Find the site that holds a phrase, rewrite it there, and trace again.
+
+    Of the sites that can be edited (a text encoder's self_attn and mlp, cross-attention) the one
+    with the largest effect is edited. The page shows its effect before and after, whichever way it
+    went, and what else moved. A stopped run goes on with the same command.
+    """
+    from fasttrace.cli.evaluate import parse_attribute
+    from fasttrace.cli.judging import Clock, default_probes, judge_edits, lines
+    from fasttrace.cli.options import parse_components
+    from fasttrace.cli.sweep import Request, quiet_libraries, run
+
+    clock = Clock()
+    asked = read_replacements(pair, pairs)
+    kinds = dict(parse_attribute(text) for text in attribute or [])
+    numbers = parse_seeds(seeds)
+    components = parse_components(component or ["all"])
+    quiet_libraries()
+    from fasttrace import Editor, load, load_edit
+    from fasttrace.edit.export import MANIFEST
+    from fasttrace.report.edits import write_edits_report
+    from fasttrace.report.judged import judge
+    from fasttrace.report.result import Result
+    from fasttrace.store.probes import read_probes
+
+    captions = default_probes(model) if probes is None else [e.probe() for e in read_probes(probes)]
+    pipe = load(check_text("MODEL", model), dtype=dtype, device=device)
+    traced = probes_of([r.old for r in asked], captions, _kinds(pipe, kinds))
+    request = Request(
+        model=model,
+        probes=dict.fromkeys(traced, numbers),
+        out=out / BEFORE,
+        command=str(context.obj),
+        components=components,
+        corruption=Corruption(),
+        sites=_sites(components),
+        tokens=["last subject"] if "text_encoder" in components else [],
+        windows=None,
+        branch="cond",
+        metrics=[metric or _metric(pipe)],
+        sampling={"steps": steps, "guidance": guidance},
+        dtype=dtype,
+        device=device,
+        shard=_whole(),
+        pictures=True,
+        quiet=quiet,
+    )
+    run(request)
+    before = Result.open(out / BEFORE)
+    best = most_causal(before)
+    if (out / EDIT / MANIFEST).is_file():
+        edit = load_edit(out / EDIT)
+        said = [(p["old"], tuple(p["new"])) for p in edit.manifest["pairs"]]
+        if said != [(r.old, r.news) for r in asked]:
+            raise StoreError(f"{out / EDIT} holds an edit of other phrases; choose another --out.")
+    else:
+        edit = Editor(pipe).edit(
+            asked,
+            site=best.site,
+            lam=lam,
+            tokens=tokens or "last",
+            **given(templates=template, preserve=preserve),
+        )
+        edit.save(out / EDIT, pipe=pipe)
+    if not quiet:
+        print(f"Most causal of what can be edited: {best.site} ({_share(best)}). {edit}")
+    run(replace(request, out=out / AFTER, edit=out / EDIT))
+    after = Result.open(out / AFTER)
+    rows = judge_edits(
+        pipe,
+        {EDIT: edit},
+        out / EVALUATION,
+        captions,
+        numbers,
+        attributes=kinds,
+        metric=None if metric is None or metric.startswith("attribute") else metric,
+        sampling={"steps": steps, "guidance": guidance},
+        quiet=quiet,
+    )
+    page = write_edits_report(out / EVALUATION, {EDIT: edit.manifest}, before=before, after=after)
+    judged = judge(rows)
+    then = effect_at(after, best)
+    if as_json:
+        about: dict[str, Any] = {"out": str(out), "report": str(page), "seconds": clock.seconds}
+        about |= {"site": best.site, "selector": best.selector}
+        about |= {"effect_before": best.effect, "effect_after": then.effect if then else None}
+        print(json.dumps({**about, "edits": [asdict(one) for one in judged]}))
+        return
+    for line in lines(judged):
+        print(line)
+    if not quiet:
+        now = f"{then.effect:.2f}" if then is not None else "not measurable"
+        print(f"Effect of the site before {best.effect:.2f}, after {now}.")
+        print(f"{clock.seconds:.0f} s. The report: {page}")
+
+
+def probes_of(
+    phrases: Sequence[str], captions: Sequence[Probe], kinds: dict[str, str]
+) -> list[Probe]:
+    """Captions to trace, each with a phrase as its subject. Raises `UsageError` without any."""
+    from fasttrace.edit.questions import Most, build_questions
+
+    most = Most(edited=MOST, paraphrases=0, misspellings=0, neighbours=0, others=0)
+    asked = build_questions([(phrase, "") for phrase in phrases], captions, (), kinds, most)
+    found = [Probe(q.prompt, q.phrase, q.attribute) for q in asked]
+    if not found:
+        raise UsageError("No caption takes these phrases; give --probes of their attribute.")
+    return found
+
+
+def most_causal(result: Any) -> SiteEffect:
+    """Of the sites that can be edited, that with the largest effect. Raises `UsageError`."""
+    from fasttrace.edit.matrices import PARTS
+
+    found = [e for e in result.aie(by="all") if e.kind in PARTS and e.status == "run"]
+    above = [e for e in found if e.effect > result.noise_floor]  # also leaves out NaN
+    if not above:
+        raise UsageError(
+            "No site that can be edited brings the phrase back in these captions, so there is "
+            "nothing to aim at; give other --probes, or choose a site with `fasttrace edit`."
+        )
+    return max(above, key=lambda e: e.effect)
+
+
+def effect_at(result: Any, where: SiteEffect) -> SiteEffect | None:
+    """The same site in another trace; no pair with too small a total effect is left out there."""
+    for e in result.aie(by="all", minimum=float("-inf")):
+        if (e.site, e.selector) == (where.site, where.selector):
+            found: SiteEffect = e
+            return found
+    return None
+
+
+def _share(effect: SiteEffect) -> str:
+    from fasttrace.report.text import percent
+
+    return f"{percent(effect.normalised)} of the total effect"
+
+
+def _kinds(pipe: Any, given: dict[str, str]) -> dict[str, str]:
+    """What each class of the model's classifiers is, and what the user says."""
+    from fasttrace.adapters.pipeline import Model
+    from fasttrace.metrics.registry import Metrics
+
+    classifier = Metrics(Model(pipe)).classifier()
+    classes = {} if classifier is None else classifier.classes
+    return {name: kind for kind, names in classes.items() for name in names} | given
+
+
+def _metric(pipe: Any) -> str:
+    from fasttrace.adapters.pipeline import Model
+    from fasttrace.metrics.registry import DEFAULT, Metrics
+
+    return DEFAULT if Metrics(Model(pipe)).classifier() is None else "attribute"
+
+
+def _sites(components: Sequence[str]) -> list[str]:
+    text = ["attn", "mlp"] if "text_encoder" in components else []
+    return [*text, *(["attn2"] if "unet" in components else [])]
+
+
+def _whole() -> Any:
+    from fasttrace.store import Shard
+
+    return Shard()

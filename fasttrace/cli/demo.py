@@ -80,7 +80,7 @@ def command(
         quiet=quiet,
     )
     outcome = run(request)
-    edited, judged = _erase(out, quiet)
+    edited, judged = erase(out, quiet)
     page = write_report(out)
     result = Result.open(out)
     causal = result.causal(top=TOP)
@@ -99,7 +99,7 @@ def command(
     print(f"\n{seconds:.0f} s. The report: {page}\nThe edits: {edited}")
 
 
-def _erase(out: Path, quiet: bool) -> tuple[Path, list[Judged]]:
+def erase(out: Path, quiet: bool) -> tuple[Path, list[Judged]]:
     """Make the edits, where they aren't there yet, and judge them; their page."""
     from fasttrace import Editor, load, load_edit
     from fasttrace.cli.judging import default_probes, judge_edits

@@ -62,6 +62,8 @@ class Evaluator:
         )
         metrics = Metrics(model)
         [found] = metrics.resolve(metric, [])
+        if found.needs != "picture":
+            raise UsageError(f"'{found.key}' compares latents; an edit is judged by a picture.")
         return cls(model, chosen, found, metrics.classifier())
 
     def judge(

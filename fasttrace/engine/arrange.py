@@ -96,28 +96,18 @@ def arrange(
 
     cost = denoiser.cost
     worthwhile = {s: shape for s, shape in shapes.items() if cost.dead[s] > WORTH * cost.whole}
-    choices = [chunk(most, {})] if options.clean != "cache" or not shapes else []
-    if shapes and options.clean != "leader":
-        for kept in (shapes, worthwhile) if options.clean == "auto" else (shapes,):
-            pairs = fitting(kept) if options.clean == "auto" else max(1, fitting(kept))
-            if kept and pairs:
-                choices.append(chunk(pairs, kept))
-    best = min(choices, key=lambda c: c.work.flops(denoiser) / c.pairs)
-    fewer = replace(options, lanes=max(SMALLEST, options.lanes // 2))
-    if memory is None or fewer == options or memory_of(best, denoiser, itemsize) <= memory:
-        return best
-    return arrange(
-        lanes,
-        denoiser,
-        fewer,
-        calls=calls,
-        guided=guided,
-        linear=linear,
-        own_texts=own_texts,
-        itemsize=itemsize,
-        negatives=negatives,
-        memory=memory,
-    )
+    while True:
+        choices = [chunk(most, {})] if options.clean != "cache" or not shapes else []
+        if shapes and options.clean != "leader":
+            for kept in (shapes, worthwhile) if options.clean == "auto" else (shapes,):
+                pairs = fitting(kept) if options.clean == "auto" else max(1, fitting(kept))
+                if kept and pairs:
+                    choices.append(chunk(pairs, kept))
+        best = min(choices, key=lambda c: c.work.flops(denoiser) / c.pairs)
+        fewer = replace(options, lanes=max(SMALLEST, options.lanes // 2))
+        if memory is None or fewer == options or memory_of(best, denoiser, itemsize) <= memory:
+            return best
+        options = fewer
 
 
 def memory_of(chunk: Chunk, denoiser: Denoiser, itemsize: int) -> int:

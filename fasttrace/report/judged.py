@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import isnan
-from typing import Any
 
 import numpy as np
 
@@ -91,7 +91,7 @@ def figure(values: Iterable[tuple[str, int, float]], seed: int = 0) -> Figure | 
     if unit != "none":
         weights = bootstrap_weights(present, unit, np.random.default_rng(seed))
         ends = percentiles(weights, table[None], present)
-        low, high = float(ends[0][0]), float(ends[1][0])
+        low, high = (round(float(end[0]), 9) for end in ends)  # sums' last bits are no width
     return Figure(float(prompt_means(table).mean()), low, high, len(prompts), int(present.sum()))
 
 
@@ -101,8 +101,8 @@ def _judged(rows: Sequence[Judgement]) -> Judged:
         by_role.setdefault(row.role, []).append(row)
     edited = by_role.get(EDITED, [])
     phrases = tuple(dict.fromkeys(r.phrase for r in rows if r.role not in UNTOUCHED))
-    own = {r.attribute for r in rows if r.role not in UNTOUCHED}
-    near = [r for r in by_role.get(NEIGHBOUR, []) if r.attribute in own]
+    own = {r.attribute for r in rows if r.role != OTHER}
+    near = by_role.get(NEIGHBOUR, [])
     everything = [*edited, *near, *by_role.get(OTHER, [])]
 
     def gone(which: Sequence[Judgement], field: str) -> Figure | None:
@@ -143,30 +143,30 @@ def _judged(rows: Sequence[Judgement]) -> Judged:
 def mean(judged: Sequence[Judged]) -> Judged:
     """The mean over edits, each edit one unit of the intervals (`prompts` counts edits)."""
 
-    def over(of: Callable[[Judged], Figure | None]) -> Figure | None:
-        found = [(j.edit, f) for j in judged if (f := of(j)) is not None]
+    def over(figures: Iterable[Figure | None]) -> Figure | None:
+        found = [(j.edit, f) for j, f in zip(judged, figures, strict=True) if f is not None]
         whole = figure((name, 0, f.value) for name, f in found)
         return whole and replace(whole, pictures=sum(f.pictures for _, f in found))
 
-    def by_role(of: Callable[[Judged], dict[str, Figure]]) -> dict[str, Figure]:
-        roles = dict.fromkeys(role for j in judged for role in of(j))
-        found = {role: over(lambda j, role=role: of(j).get(role)) for role in roles}  # type: ignore[misc]
-        return {role: f for role, f in found.items() if f is not None}
+    def by_role(maps: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
+        means = {role: over(m.get(role) for m in maps) for role in dict.fromkeys(chain(*maps))}
+        return {role: f for role, f in means.items() if f is not None}
 
-    def both(of: Callable[[Judged], dict[str, tuple[Figure, Figure]]]) -> dict[str, Any]:
-        sides = [by_role(lambda j, i=i: {r: f[i] for r, f in of(j).items()}) for i in (0, 1)]  # type: ignore[misc]
-        return {role: (sides[0][role], sides[1][role]) for role in sides[0]}
+    def both(maps: Sequence[dict[str, tuple[Figure, Figure]]]) -> dict[str, tuple[Figure, Figure]]:
+        first = by_role([{role: f[0] for role, f in m.items()} for m in maps])
+        second = by_role([{role: f[1] for role, f in m.items()} for m in maps])
+        return {role: (first[role], second[role]) for role in first}
 
     return Judged(
         edit=f"mean of {len(judged)} edits",
         phrases=tuple(dict.fromkeys(phrase for j in judged for phrase in j.phrases)),
         metric=judged[0].metric,
-        **{name: over(lambda j, name=name: getattr(j, name)) for name in SHARES},  # type: ignore[misc]
-        before={name: over(lambda j, name=name: j.before[name]) for name in SHARES},  # type: ignore[misc]
-        scores=both(lambda j: j.scores),
-        changes=by_role(lambda j: j.changes),
-        targets=both(lambda j: j.targets),
-        target_changes=by_role(lambda j: j.target_changes),
+        **{name: over(getattr(j, name) for j in judged) for name in SHARES},
+        before={name: over(j.before[name] for j in judged) for name in SHARES},
+        scores=both([j.scores for j in judged]),
+        changes=by_role([j.changes for j in judged]),
+        targets=both([j.targets for j in judged]),
+        target_changes=by_role([j.target_changes for j in judged]),
     )
 
 

@@ -27,7 +27,7 @@ def fakes() -> ModuleType:
 def fake_tracer(monkeypatch, fakes):
     """The whole command with a tracer that needs no model; `.before_row` may do mischief."""
     import fasttrace
-    from fasttrace.cli import sweep
+    from fasttrace.cli import demo, sweep
     from fasttrace.engine.predict import Prediction
 
     class FakeTracer:
@@ -93,5 +93,6 @@ def fake_tracer(monkeypatch, fakes):
 
     monkeypatch.setattr(fasttrace, "Tracer", FakeTracer, raising=False)
     monkeypatch.setattr(fasttrace, "load", lambda name, **options: None, raising=False)
+    monkeypatch.setattr(demo, "erase", lambda out, quiet: (out / "edits", []))
     monkeypatch.setattr(sweep, "quiet_libraries", lambda: None)
     return FakeTracer

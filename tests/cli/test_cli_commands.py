@@ -386,7 +386,7 @@ def test_the_demo_prints_five_sites_for_each_attribute(fake_tracer, tmp_path: Pa
         for component in ("UNet", "Text encoder"):
             assert f"{attribute}, {component}" in out
     assert "(n = 5 prompts)" in out
-    assert out.rstrip().endswith("report.html")
+    assert f"report: {tmp_path / 'demo' / 'report.html'}" in out
     assert (tmp_path / "demo" / "report.html").is_file()
     text = next(c for c in fake_tracer.calls if c["component"] == "text_encoder")
     assert text["tokens"] == ["last subject", "EOS", "padding"]

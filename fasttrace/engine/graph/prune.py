@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,15 +43,15 @@ def cost_of(body: AnyRows) -> Cost:
     if not texts:  # nothing to gather: no cross-attention
         texts = [place for place in places if names[place].startswith("text:")]
     output = nodes[-1]
-    living = _before([output], None)
+    living = _needed([output])
     dead, after = {}, {}
     for node in nodes:
         if (mark := mark_of(node)) is not None:
-            needed = _before([output], node)
+            needed = _needed([output], node)
             dead[mark.name] = sum(flops[n] for n in living - needed)
-            after[mark.name] = sum(flops[n] for n in _behind([node]))
+            after[mark.name] = sum(flops[n] for n in _readers([node]))
     whole = sum(flops[n] for n in living)
-    return Cost(whole, sum(flops[n] for n in _behind(texts)), dead, after)
+    return Cost(whole, sum(flops[n] for n in _readers(texts)), dead, after)
 
 
 def prune(graph: Graph, site: str) -> Graph:
@@ -80,26 +80,24 @@ def prune(graph: Graph, site: str) -> Graph:
     return replace(graph, module=make_graph(new, reads, graph.gives).module, reads=reads)
 
 
-def _before(ends: Iterable[fx.Node], stop: fx.Node | None) -> set[fx.Node]:
-    """All that `ends` need when `stop` is given."""
-    seen: set[fx.Node] = set()
-    waiting = list(ends)
-    while waiting:
-        node = waiting.pop()
-        if node not in seen:
-            seen.add(node)
-            if node is not stop:
-                waiting.extend(node.all_input_nodes)
-    return seen
+def _needed(ends: Iterable[fx.Node], given: fx.Node | None = None) -> set[fx.Node]:
+    """All that `ends` need when `given` is there already."""
+    return _reached(ends, lambda node: () if node is given else node.all_input_nodes)
 
 
-def _behind(starts: Iterable[fx.Node]) -> set[fx.Node]:
+def _readers(starts: Iterable[fx.Node]) -> set[fx.Node]:
     """All that reads one of `starts`, they included."""
+    return _reached(starts, lambda node: node.users)
+
+
+def _reached(
+    starts: Iterable[fx.Node], onward: Callable[[fx.Node], Iterable[fx.Node]]
+) -> set[fx.Node]:
     seen: set[fx.Node] = set()
     waiting = list(starts)
     while waiting:
         node = waiting.pop()
         if node not in seen:
             seen.add(node)
-            waiting.extend(node.users)
+            waiting.extend(onward(node))
     return seen

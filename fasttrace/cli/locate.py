@@ -77,6 +77,7 @@ def command(
     from fasttrace.report.edits import write_edits_report
     from fasttrace.report.judged import judge
     from fasttrace.report.result import Result
+    from fasttrace.report.retraced import compare
     from fasttrace.store.probes import read_probes
 
     captions = default_probes(model) if probes is None else [e.probe() for e in read_probes(probes)]
@@ -135,18 +136,21 @@ def command(
     )
     page = write_edits_report(out / EVALUATION, {EDIT: edit.manifest}, before=before, after=after)
     judged = judge(rows)
-    then = effect_at(after, best)
+    sites = compare(before, after, [best.site]).sites
+    changes = [change for change in sites if change.before.selector == best.selector]
     if as_json:
         about: dict[str, Any] = {"out": str(out), "report": str(page), "seconds": clock.seconds}
         about |= {"site": best.site, "selector": best.selector}
-        about |= {"effect_before": best.effect, "effect_after": then.effect if then else None}
+        about["effects"] = [
+            {"group": c.group, "before": c.before.effect, "after": c.after.effect} for c in changes
+        ]
         print(json.dumps({**about, "edits": [asdict(one) for one in judged]}))
         return
     for line in lines(judged):
         print(line)
+    for c in changes:
+        print(f"Effect of the site, {c.group}: {c.before.effect:.2f}, after {c.after.effect:.2f}")
     if not quiet:
-        now = f"{then.effect:.2f}" if then is not None else "not measurable"
-        print(f"Effect of the site before {best.effect:.2f}, after {now}.")
         print(f"{clock.seconds:.0f} s. The report: {page}")
 
 
@@ -176,15 +180,6 @@ def most_causal(result: Any) -> SiteEffect:
             "nothing to aim at; give other --probes, or choose a site with `fasttrace edit`."
         )
     return max(above, key=lambda e: e.effect)
-
-
-def effect_at(result: Any, where: SiteEffect) -> SiteEffect | None:
-    """The same site in another trace; no pair with too small a total effect is left out there."""
-    for e in result.aie(by="all", minimum=float("-inf")):
-        if (e.site, e.selector) == (where.site, where.selector):
-            found: SiteEffect = e
-            return found
-    return None
 
 
 def _share(effect: SiteEffect) -> str:

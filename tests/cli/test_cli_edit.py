@@ -126,13 +126,13 @@ def test_locate_and_edit_aims_where_the_trace_says(folders, probes, tmp_path: Pa
     assert about["site"] == best.site
     edit = fasttrace.load_edit(out / "edit")
     assert edit.manifest["sites"] == [best.site]
-    assert about["effect_before"] == pytest.approx(best.effect)
-    assert about["effect_after"] is not None
-    assert about["effect_after"] != about["effect_before"]
+    [effect] = about["effects"]
+    assert effect["group"] == "object"
+    assert effect["before"] == pytest.approx(best.effect)
+    assert effect["after"] != pytest.approx(effect["before"], rel=0.01)
     # Again: nothing is made anew, the same answer.
     assert main(arguments) == 0
-    again = json.loads(capsys.readouterr().out)
-    assert again["effect_after"] == about["effect_after"]
+    assert json.loads(capsys.readouterr().out)["effects"] == about["effects"]
     other = [a if a != "dog=cat" else "dog=house" for a in arguments]
     assert main(other) == 1
     assert "other phrases" in sentence(capsys)

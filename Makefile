@@ -59,8 +59,9 @@ demo-full: venv
 bench: venv
 	$(BIN)/python bench/sweeps.py
 
+# Two processes with half the threads each: small models are bound by what one thread does.
 test: venv
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$$(( ($$(nproc) + 1) / 2 )) $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: venv
 	$(BIN)/ruff format --check .

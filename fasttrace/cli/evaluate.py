@@ -14,6 +14,7 @@ from fasttrace.errors import StoreError, UsageError
 
 NAME = "evaluate"
 FOLDER = "evaluation"
+LAMS = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 
 
 def command(
@@ -34,6 +35,9 @@ def command(
     metric: Annotated[str | None, typer.Option(help="The score.", metavar="NAME")] = None,
     steps: Annotated[int | None, typer.Option(help="Inference steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    path: Annotated[
+        bool, typer.Option("--path", help="Also the same edit at other lambdas, as a chart.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="DIR/evaluation.", metavar="DIR")
     ] = None,
@@ -58,9 +62,12 @@ def command(
     base = check_text("--model", model or names.pop())
     kinds = dict(parse_attribute(text) for text in attribute or [])
     numbers = parse_seeds(seeds)
+    if path and len(edits) > 1:
+        raise UsageError(f"--path is of one edit; {directory} holds {len(edits)}.")
     quiet_libraries()
     from fasttrace import load
-    from fasttrace.report.edits import write_edits_report
+    from fasttrace.edit.editor import again
+    from fasttrace.report.edits import PathPoint, write_edits_report
     from fasttrace.report.judged import judge
     from fasttrace.store.probes import read_probes
 
@@ -82,7 +89,26 @@ def command(
         sampling={"steps": steps, "guidance": guidance},
         quiet=quiet,
     )
-    page = write_edits_report(target, {name: edit.manifest for name, edit in edits.items()})
+    points = []
+    if path:
+        [edit] = edits.values()
+        along = {
+            f"lam {lam:g}": other for lam, other in zip(LAMS, again(pipe, edit, LAMS), strict=True)
+        }
+        chart = judge_edits(
+            pipe,
+            along,
+            target / "path",
+            asked,
+            numbers,
+            attributes=kinds,
+            metric=metric,
+            sampling={"steps": steps, "guidance": guidance},
+            quiet=quiet,
+        )
+        points = [PathPoint(lam, found) for lam, found in zip(LAMS, judge(chart), strict=True)]
+    manifests = {name: edit.manifest for name, edit in edits.items()}
+    page = write_edits_report(target, manifests, path=points)
     judged = judge(rows)
     if as_json:
         print(

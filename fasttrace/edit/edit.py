@@ -20,11 +20,24 @@ from fasttrace.errors import ModelError, UsageError
 
 @dataclass
 class _Undo:
-    """What one application overwrote. version: of the weight just after it was written."""
+    """What one application overwrote. version, after: of the weight just after it was written."""
 
     matrix: Matrix
     before: Tensor
     version: int
+    after: str
+
+    @property
+    def is_on_top(self) -> bool:
+        """Whether the weight is what was written; what came and went since doesn't matter."""
+        weight = self.matrix.module.weight
+        if weight.dtype != self.before.dtype:  # the pipeline was cast meanwhile
+            return bool(weight._version == self.version)
+        return tensor_digest(weight) == self.after
+
+    def revert(self) -> None:
+        with torch.no_grad():
+            self.matrix.module.weight.copy_(self.before)
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,18 @@ class Edit:
         """
         if any(other is pipe for other, _ in self._applied):
             raise UsageError("This edit is already applied to this pipeline; revert it first.")
-        model = Model(pipe)
+        matrices = self.matrices(Model(pipe), force=force)
+        written: list[_Undo] = []
+        try:
+            written.extend(map(self._write, matrices))
+        except BaseException:
+            for undo in written:
+                undo.revert()
+            raise
+        self._applied.append((pipe, written))
+
+    def matrices(self, model: Model, *, force: bool = False) -> list[Matrix]:
+        """What it changes there, in the order of `changes`. Raises as `apply_` does."""
         matrices = [find_matrix(model, name) for name in self.changes]
         for matrix in matrices:
             change = self.changes[matrix.name]
@@ -77,8 +101,8 @@ class Edit:
                     "it was made on another architecture."
                 )
         if not force:
-            self._check_base(matrices)
-        self._applied.append((pipe, [self._write(matrix) for matrix in matrices]))
+            self._check_base(matrices, len(model.encoders))
+        return matrices
 
     def revert_(self, pipe: Any) -> None:
         """Put the bytes back that `apply_` overwrote.
@@ -90,14 +114,13 @@ class Edit:
         if found is None:
             raise UsageError("This edit is not applied to this pipeline.")
         for undo in found[1]:
-            if undo.matrix.module.weight._version != undo.version:
+            if not undo.is_on_top:
                 raise ModelError(
                     f"{undo.matrix.name} was changed since the edit was applied; revert what came "
                     "later first."
                 )
         for undo in found[1]:
-            with torch.no_grad():
-                undo.matrix.module.weight.copy_(undo.before)
+            undo.revert()
         self._applied[:] = [entry for entry in self._applied if entry is not found]
 
     @contextmanager
@@ -115,12 +138,14 @@ class Edit:
 
         return save(self, folder, **options)
 
-    def _check_base(self, matrices: list[Matrix]) -> None:
+    def _check_base(self, matrices: list[Matrix], encoders: int) -> None:
         base = self.manifest["base"]
-        other = [m.name for m in matrices if tensor_digest(m.weight) != base[m.name]]
+        other = [f"first: {m.name}" for m in matrices if tensor_digest(m.weight) != base[m.name]]
+        if self.manifest["encoders"] != encoders:  # SDXL's first encoder is that of SD 1.x
+            other.append(f"a pipeline with text encoders: {self.manifest['encoders']}")
         if other:
             raise ModelError(
-                f"The edit was made on other weights than these (first: {other[0]}); on this model "
+                f"The edit was made on other weights than these ({other[0]}); on this model "
                 "it is not the same edit. Load the base model it names"
                 f" ({self.manifest['model']}), or force it."
             )
@@ -128,9 +153,10 @@ class Edit:
     def _write(self, matrix: Matrix) -> _Undo:
         weight = matrix.module.weight
         before = weight.detach().clone()
+        new = edited(before, self.changes[matrix.name]).to(weight.dtype)
         with torch.no_grad():
-            weight.copy_(edited(before, self.changes[matrix.name]))
-        return _Undo(matrix, before, weight._version)
+            weight.copy_(new)
+        return _Undo(matrix, before, weight._version, tensor_digest(new))
 
 
 def edited(weight: Tensor, change: Change) -> Tensor:

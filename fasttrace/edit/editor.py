@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -28,7 +28,31 @@ from fasttrace.errors import ModelError, UsageError
 from fasttrace.plan.build import software
 
 SCHEMA = 1
+_PRESERVE = "preserve is a list of phrases, such as ['monet', 'a dog']."
 Pairs = Sequence[tuple[str, str] | Replacement]
+
+
+def again(pipe: Any, edit: Edit, lams: Sequence[float]) -> list[Edit]:
+    """The same edit with other lambdas. Raises `UsageError` for one made on top of another."""
+    about = edit.manifest
+    if about["after"]:
+        raise UsageError("An edit on top of another has no path of lambdas of its own.")
+    pairs = [
+        Replacement(
+            p["old"],
+            p["new"][0] if len(p["new"]) == 1 else tuple(p["new"]),
+            p["strength"],
+            tuple(p["shares"]),
+        )
+        for p in about["pairs"]
+    ]
+    return Editor(pipe).path(
+        pairs,
+        list(lams),
+        **{n: about[n] for n in ("method", "templates", "tokens", "bias", "preserve")},
+        site=about["sites"],
+        preserve_weight=about["preserve_weight"],
+    )
 
 
 class Editor:
@@ -78,6 +102,8 @@ class Editor:
         after: Edit | None = None,
     ) -> list[list[Edit]]:
         """[list][lambda]"""
+        if not lists:
+            return []
         model = self.model
         chosen = parse_method(method, find_sites(model, site) if site is not None else [])
         task = _Task(
@@ -118,6 +144,7 @@ class Editor:
         manifest: dict[str, Any] = {
             "schema": SCHEMA,
             "model": self.model.name,
+            "encoders": len(self.model.encoders),
             "method": task.method.name,
             "source": task.method.source,
             "sites": list(dict.fromkeys(m.site.name for m in task.matrices)),
@@ -143,14 +170,14 @@ class Editor:
         }
         if after is not None:
             manifest["after"] = [*after.manifest["after"], copy.deepcopy(dict(after.manifest))]
-            manifest["base"] |= after.manifest["base"]
+            manifest["base"] = {**after.manifest["base"], **before}
             changes = dict(after.changes) | {
                 name: after.changes[name] + change if name in after.changes else change
                 for name, change in changes.items()
             }
         for name, change in changes.items():
             if not bool(torch.isfinite(change.left).all() & torch.isfinite(change.right).all()):
-                raise ModelError(f"The edit of {name} came out as NaN: its inputs are not finite.")
+                raise ModelError(f"The edit of {name} came out as NaN or infinite.")
         return Edit(changes, manifest)
 
 
@@ -178,6 +205,8 @@ class _Task:
         reads = [self._read(model, pairs) for pairs in lists]
         found: list[list[dict[str, Change]]] = [[{} for _ in lams] for _ in lists]
         for group in reads[0]:
+            if not all(read[group].is_finite for read in reads):
+                raise ModelError(f"{group or 'The text embedding'} reads NaN or infinite numbers.")
             solved = _solve([read[group] for read in reads], lams)
             for matrix in self.matrices:
                 if group not in (matrix.name, ""):
@@ -233,9 +262,12 @@ def _solve(reads: Sequence[Read], lams: Sequence[float]) -> list[list[InputChang
 
 
 def _phrases(preserve: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(preserve, str) or not all(isinstance(p, str) for p in preserve):
-        raise UsageError("preserve is a list of phrases, such as ['monet', 'a dog'].")
-    return tuple(dict.fromkeys(preserve))
+    if not isinstance(preserve, Iterable) or isinstance(preserve, str):
+        raise UsageError(_PRESERVE)
+    found = tuple(dict.fromkeys(preserve))
+    if not all(isinstance(p, str) for p in found):
+        raise UsageError(_PRESERVE)
+    return found
 
 
 def _weight(value: float) -> float:

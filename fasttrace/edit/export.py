@@ -14,9 +14,10 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jinja2 import Environment, PackageLoader
@@ -24,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fasttrace.edit.edit import Edit
 from fasttrace.edit.factors import Factors, factorise
@@ -33,6 +35,7 @@ from fasttrace.store.disk import OURS, disk_errors
 
 FORMS = ("peft", "kohya", "pipeline")
 MANIFEST, FACTORS, CARD = "edit.json", "edit.safetensors", "README.md"
+_PEFT_SIDES = (("down", "lora_A"), ("up", "lora_B"))
 PEFT, KOHYA, PIPELINE = "pytorch_lora_weights.safetensors", "kohya.safetensors", "pipeline"
 
 
@@ -41,12 +44,41 @@ class Written(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: str = "fasttrace edit"
-    version: int = 1
+    format: Literal["fasttrace edit"] = "fasttrace edit"
+    version: Literal[1] = 1
     forms: list[str]
     ranks: dict[str, int]
     discarded: dict[str, float]
     edit: dict[str, Any]
+
+
+class _Pair(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    old: str
+    new: list[str]
+    strength: float
+    shares: list[float]
+
+
+class _Manifest(BaseModel):
+    """What an edit's own manifest has to hold."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str
+    method: str
+    source: str
+    encoders: int
+    pairs: list[_Pair]
+    lam: float
+    tokens: str
+    templates: list[str]
+    bias: str
+    preserve: list[str]
+    base: dict[str, str]
+    versions: dict[str, str]
+    after: list[_Manifest]
 
 
 def save(
@@ -90,7 +122,9 @@ def read_written(folder: str | Path) -> Written:
             raise StoreError(f"{folder} holds no edit: there is no {MANIFEST} in it.")
         text = (folder / MANIFEST).read_bytes()
     try:
-        return Written.model_validate_json(text)
+        written = Written.model_validate_json(text)
+        _Manifest.model_validate(written.edit)
+        return written
     except ValidationError as error:
         raise _damaged(folder, error) from error
 
@@ -101,14 +135,8 @@ def load_edit(folder: str | Path) -> Edit:
     written = read_written(folder)
     try:
         with safe_open(folder / FACTORS, "pt") as file:
-            tensors = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
-        changes = {
-            name: Change(tensors[f"{name}.left"], tensors[f"{name}.right"])
-            for name in written.edit["base"]
-        }
-        if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
-            raise ValueError("it holds NaN")
-        return Edit(changes, written.edit)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return Edit(_changes(written.edit["base"], tensors), written.edit)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise _damaged(folder, error) from error
 
@@ -118,20 +146,39 @@ def _damaged(folder: Path, error: Exception) -> StoreError:
     return StoreError(f"The edit in {folder} is damaged ({reason[:120]}).")
 
 
+def _changes(names: Iterable[str], tensors: dict[str, Tensor]) -> dict[str, Change]:
+    changes = {}
+    for name in names:
+        left, right = tensors.pop(f"{name}.left"), tensors.pop(f"{name}.right")
+        if not left.ndim == right.ndim == 2 or left.shape[1] != right.shape[0]:
+            raise ValueError(f"the factors of {name} don't fit each other")
+        if not all(t.is_floating_point() and t.numel() for t in (left, right)):
+            raise ValueError(f"the factors of {name} hold no numbers")
+        if not bool(torch.isfinite(left).all() & torch.isfinite(right).all()):
+            raise ValueError(f"the factors of {name} hold NaN")
+        changes[name] = Change(left.double(), right.double())
+    if tensors:
+        raise ValueError(f"{next(iter(tensors))} belongs to no matrix of it")
+    return changes
+
+
 def peft_keys(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     """Text encoders' keys hold `text_model.`: so they load under every layout of transformers."""
     found = {}
     for name, f in factors.items():
         component, path = _path(name)
-        found[f"{component}.{path}.lora_A.weight"] = _single(f.down)
-        found[f"{component}.{path}.lora_B.weight"] = _single(f.up)
+        # diffusers 0.42 refuses a file whose only text layers are fc2 in the newer words.
+        old = path.endswith(".fc2")
+        down, up = (f"lora_linear_layer.{s}" if old else n for s, n in _PEFT_SIDES)
+        found[f"{component}.{path}.{down}.weight"] = _single(f.down)
+        found[f"{component}.{path}.{up}.weight"] = _single(f.up)
     return found
 
 
-def kohya_keys(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """As ComfyUI and A1111 read them; an SDXL pipeline numbers its two encoders."""
-    two = any(name.startswith("text_encoder_2.") for name in factors)
-    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if two else "lora_te"}
+def kohya_keys(factors: Mapping[str, Factors], encoders: int) -> dict[str, Tensor]:
+    """As ComfyUI and A1111 read them; where a pipeline has two encoders they are numbered."""
+    first = "lora_te1" if encoders > 1 else "lora_te"
+    prefixes = {"unet": "lora_unet", "text_encoder": first}
     prefixes["text_encoder_2"] = "lora_te2"
     found = {}
     for name, f in factors.items():
@@ -141,6 +188,23 @@ def kohya_keys(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
         found[f"{key}.lora_up.weight"] = _single(f.up)
         # A scale of alpha / rank is applied: this one is 1.
         found[f"{key}.alpha"] = torch.tensor(float(f.down.shape[0]))
+    return found
+
+
+def even(factors: Mapping[str, Factors]) -> dict[str, Factors]:
+    """All matrices of a component at its largest rank, by zeros.
+
+    diffusers loses the scales of matrices whose rank is another than most (Kohya in 0.42, PEFT
+    before).
+    """
+    most: dict[str, int] = {}
+    for name, f in factors.items():
+        component, _ = _path(name)
+        most[component] = max(most.get(component, 0), len(f.down))
+    found = {}
+    for name, f in factors.items():
+        more = most[_path(name)[0]] - len(f.down)
+        found[name] = replace(f, up=pad(f.up, (0, more)), down=pad(f.down, (0, 0, 0, more)))
     return found
 
 
@@ -196,10 +260,12 @@ def _fill(
     sides = {f"{n}.left": _single(f.up) for n, f in whole.items()}
     sides |= {f"{n}.right": _single(f.down) for n, f in whole.items()}
     save_file(sides, folder / FACTORS)
+    padded = even(factors)
     if "peft" in forms:
-        save_file(peft_keys(factors), folder / PEFT, metadata={"format": "pt"})
+        save_file(peft_keys(padded), folder / PEFT, metadata={"format": "pt"})
     if "kohya" in forms:
-        save_file(kohya_keys(factors), folder / KOHYA, metadata={"format": "pt"})
+        keys = kohya_keys(padded, edit.manifest["encoders"])
+        save_file(keys, folder / KOHYA, metadata={"format": "pt"})
     if "pipeline" in forms:
         with edit.applied(pipe):
             pipe.save_pretrained(folder / PIPELINE, safe_serialization=True)

@@ -14,7 +14,6 @@ from fasttrace.adapters.pipeline import Model
 from fasttrace.adapters.scope import scope
 from fasttrace.adapters.text import Text, encode_cond
 from fasttrace.edit.edit import Edit
-from fasttrace.edit.matrices import find_matrix
 from fasttrace.engine.base import CLEAN, CORRUPT, Engine, Pair
 from fasttrace.errors import UsageError
 from fasttrace.types import Lane, Sampling
@@ -56,10 +55,14 @@ def generate(
 
 @contextmanager
 def felt(model: Model, edit: Edit | None) -> Iterator[None]:
-    """Linear layers answer as if the edit were in their weights, which stay as they are."""
+    """Linear layers answer as if the edit were in their weights, which stay as they are.
+
+    Raises `ModelError` where they are not those it was made for.
+    """
     with ExitStack() as stack:
-        for name, change in ({} if edit is None else edit.changes).items():
-            module = find_matrix(model, name).module
+        for matrix in [] if edit is None else edit.matrices(model):
+            assert edit is not None
+            module, change = matrix.module, edit.changes[matrix.name]
             left, right = (t.to(module.weight) for t in (change.left, change.right))
             handle = module.register_forward_hook(_adding(left, right))
             stack.callback(handle.remove)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fasttrace.adapters.pipeline import Model
 from fasttrace.adapters.text import TextEncoder, encode_cond
+from fasttrace.edit.layer_zero import is_layer_zero, read_layer_zero
 from fasttrace.edit.phrases import Fact, Facts
 from fasttrace.edit.solver import Moments
 
@@ -43,6 +44,12 @@ class Read:
             self.keys.append(keys.double())
             self.goals.append(goals.double())
 
+    @property
+    def is_finite(self) -> bool:
+        """Waits for the device."""
+        sums = [] if self.moments is None else [self.moments.keys, self.moments.steps]
+        return all(bool(torch.isfinite(t).all()) for t in (*self.keys, *self.goals, *sums))
+
 
 class _Enough(Exception):
     """Everything asked for has been read; what lies above isn't needed."""
@@ -56,8 +63,13 @@ def read_text(
         name: Read(module.in_features, facts.pairs, module.weight.device)
         for name, module in modules.items()
     }
+    shared = is_layer_zero(encoder, modules)
     for chunk, numbers in _chunks(facts):
-        found = _run(encoder, modules, [facts.prompts[n] for n in numbers], _length(chunk))
+        given = _given(encoder, [facts.prompts[n] for n in numbers], _length(chunk))
+        if shared:
+            found = dict.fromkeys(modules, read_layer_zero(encoder, given["input_ids"]))
+        else:
+            found = _run(encoder, modules, given)
         for name, rows in found.items():
             reads[name].add(*_pairs(chunk, numbers, rows, keep))
     return reads
@@ -73,13 +85,28 @@ def read_embedding(model: Model, facts: Facts, keep: float) -> Read:
     return read
 
 
-def _run(
-    encoder: TextEncoder, modules: Mapping[str, nn.Module], prompts: list[str], length: int
-) -> dict[str, Tensor]:
-    """The first `length` inputs [prompts, length, d] of each module.
+def _given(encoder: TextEncoder, prompts: list[str], length: int) -> dict[str, Tensor]:
+    """What the encoder is called with: the first `length` tokens of each prompt.
 
     A causal encoder's first tokens don't depend on later ones, so later ones are left out.
     """
+    tokenizer, device = encoder.tokenizer, encoder.word_embedding.weight.device
+    given = tokenizer(
+        [encoder.convert(prompt) for prompt in prompts],
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
+    )
+    found: dict[str, Tensor] = {"input_ids": given.input_ids[:, :length].to(device)}
+    if getattr(encoder.module.config, "use_attention_mask", False):
+        found["attention_mask"] = given.attention_mask[:, :length].to(device)
+    return found
+
+
+def _run(
+    encoder: TextEncoder, modules: Mapping[str, nn.Module], given: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The inputs [prompts, length, d] of each module."""
     seen: dict[str, Tensor] = {}
 
     def hook_for(name: str) -> Any:
@@ -90,20 +117,10 @@ def _run(
 
         return hook
 
-    tokenizer, device = encoder.tokenizer, encoder.word_embedding.weight.device
-    given = tokenizer(
-        [encoder.convert(prompt) for prompt in prompts],
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    )
-    inputs: dict[str, Any] = {"input_ids": given.input_ids[:, :length].to(device)}
-    if getattr(encoder.module.config, "use_attention_mask", False):
-        inputs["attention_mask"] = given.attention_mask[:, :length].to(device)
     handles = [m.register_forward_pre_hook(hook_for(name)) for name, m in modules.items()]
     try:
         with suppress(_Enough):
-            encoder.module(**inputs)
+            encoder.module(**given)
     finally:
         for handle in handles:
             handle.remove()

@@ -72,8 +72,7 @@ def find_sites(model: Model, wanted: str | Sequence[str]) -> list[Site]:
     """Sites by name, alias, kind or glob. Raises `UsageError` where nothing matches."""
     text = [s for e in model.encoders for s in e.sites()]
     words = [wanted] if isinstance(wanted, str) else list(wanted)
-    own = ("text_encoder", *(kind for kind in PARTS if kind != "attn2"))
-    if words and all(word.startswith(own) for word in words) and "attn2" not in words:
+    if words and all(word in ("attn", "mlp") or word.startswith("text_encoder") for word in words):
         # Listing the UNet's own takes a forward on meta.
         return select_sites(text, words)
     height, width = (int(model.default(side)) for side in ("height", "width"))
@@ -98,7 +97,8 @@ def find_matrix(model: Model, name: str) -> Matrix:
 
 
 def _check_fused(site: Site, owner: nn.Module) -> None:
-    if getattr(owner, "fused_projections", False):
+    # The processor alone: diffusers leaves `fused_projections` set when it unfuses.
+    if type(getattr(owner, "processor", None)).__name__.startswith("Fused"):
         raise ModelError(
             f"{site.name} reads its fused projections, so a change of to_k or to_v would do "
             "nothing; call pipe.unfuse_qkv_projections() first."
@@ -133,7 +133,7 @@ def _check_alone(model: Model, matrices: Sequence[Matrix]) -> None:
     owners: Counter[int] = Counter()
     parts: list[nn.Module] = [model.unet, *(e.module for e in model.encoders)]
     for part in parts:
-        for module in part.modules():
+        for _, module in part.named_modules(remove_duplicate=False):
             owners.update(id(p) for p in module.parameters(recurse=False))
     for matrix in matrices:
         if owners[id(matrix.module.weight)] > 1:

@@ -42,7 +42,8 @@ class Method:
             if self.located:
                 raise UsageError(
                     f"{self.name} edits the cross-attention that tracing found: name it with "
-                    "site=, such as 'unet.mid_block.attentions.0.transformer_blocks.0.attn2'."
+                    "site= (--site), such as "
+                    "'unet.mid_block.attentions.0.transformer_blocks.0.attn2'."
                 )
             found = find_sites(model, self.kind)
             return [s for s in found if not self.first or ".layers.0." in s.name]

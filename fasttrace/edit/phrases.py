@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any, Literal
@@ -94,10 +95,10 @@ def _meaning(pair: Replacement) -> tuple[Any, ...]:
 
 
 def _replacement(pair: Any) -> Replacement:
-    try:
+    old: Any = None
+    new: Any = None
+    with suppress(TypeError, ValueError):
         old, new = (pair.old, pair.new) if isinstance(pair, Replacement) else pair
-    except (TypeError, ValueError):
-        old, new = None, None
     several = isinstance(new, tuple | list) and all(isinstance(n, str) for n in new)
     if isinstance(pair, str) or not isinstance(old, str) or not (isinstance(new, str) or several):
         raise UsageError(
@@ -249,14 +250,14 @@ class _Collector:
         if not _plain(phrase):
             return self._number(""), 0
         encoder = self.encoder
-        before = encoder.convert(template[: template.index("{}")])
-        prompt = encoder.convert(_filled(template, phrase))
+        text = _filled(template, phrase)
+        before, prompt = (encoder.convert(t) for t in (template[: template.index("{}")], text))
         start = len(before)
         stop = start + len(encoder.convert(phrase))
         last = last_token(encoder.tokenizer, prompt, start, stop)
         if last is None:
             raise UsageError(f"The phrase '{phrase}' has no token of its own in '{prompt}'.")
-        return self._number(prompt), last
+        return self._number(text), last  # unconverted: whoever encodes it converts it
 
 
 def last_token(tokenizer: Any, prompt: str, start: int, stop: int) -> int | None:

@@ -90,9 +90,24 @@ def readout(keys: Tensor, lam: float) -> Tensor:
     wanted = keys if small else keys.mT
     factor = _factor(system, lam)
     found = torch.cholesky_solve(wanted, factor)
+    if small:
+        return _refined(keys, found, factor, lam)
     # One step of refinement: half a digit for a tenth of the time.
-    found = found + torch.cholesky_solve(wanted - system @ found, factor)
-    return found if small else found.mT
+    return (found + torch.cholesky_solve(wanted - system @ found, factor)).mT
+
+
+def _refined(keys: Tensor, found: Tensor, factor: Tensor, lam: float) -> Tensor:
+    """A readout [..., n, d], made right to about `eps |K| / sqrt(lam)`, the root of what G allows.
+
+    It obeys two equations, (lam I + K K^T) X = K and X (lam I + K^T K) = K, and rounding can break
+    either alone. Both remainders are taken from the keys: forming G has lost digits.
+    """
+    # So many columns at once: K^T X as a whole is [d, d], far larger than few keys.
+    parts = found.split(max(keys.shape[-2], 64), dim=-1)
+    twice = torch.cat([keys @ (keys.mT @ part) for part in parts], dim=-1)
+    found = found + torch.cholesky_solve(keys - lam * found - twice, factor)
+    rest = keys - lam * found - (found @ keys.mT) @ keys
+    return found + torch.cholesky_solve(keys @ rest.mT, factor).mT @ found
 
 
 @dataclass(frozen=True)
@@ -189,8 +204,8 @@ def _is_singular(values: Tensor) -> bool:
 
 def _singular() -> UsageError:
     return UsageError(
-        "With lam 0 the edit has no single answer: some pairs have the same key, or there are more "
-        "pairs than inputs. Give a lam above 0, such as 0.01."
+        "With lam 0 the edit has no single answer: some pairs have the same key, or one that "
+        "others add up to. Give a lam above 0, such as 0.01."
     )
 
 

@@ -55,21 +55,22 @@ def read_fully(
     """Inputs and outputs [prompts, window, .] of linear layers, prompts whole and padded."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
-    text = encode_fully(pipe, prompts)
+    names = list(names)
     for name in names:
-        module = module_of(pipe, name)
         if name.startswith("unet."):
-            with torch.no_grad():
-                found[name] = text, module(text)
             continue
 
         def keep(_module: Any, args: Any, out: Tensor, name: str = name) -> None:
             found[name] = args[0].detach().clone(), out.detach().clone()
 
-        handles.append(module.register_forward_hook(keep))
-    encode_fully(pipe, prompts)
+        handles.append(module_of(pipe, name).register_forward_hook(keep))
+    text = encode_fully(pipe, prompts)
     for handle in handles:
         handle.remove()
+    with torch.no_grad():
+        for name in names:
+            if name.startswith("unet."):
+                found[name] = text, module_of(pipe, name)(text)
     return found
 
 

@@ -94,7 +94,9 @@ class TestPositions:
         assert [goal[0][1] for goal in goals(found)] == [1, 4, 4, 4]
         assert found.pairs == 4
 
-    @pytest.mark.parametrize("phrase", ["dog", "van gogh", "red  car", "Dog", "éa", "a dog.", "../x"])
+    @pytest.mark.parametrize(
+        "phrase", ["dog", "van gogh", "red  car", "Dog", "éa", "a dog.", "../x"]
+    )
     @pytest.mark.parametrize(
         "template", ["{}", "a photo of {}", "{} in the house", "a {} dog", "the {}, a big dog"]
     )
@@ -119,11 +121,13 @@ class TestPositions:
         [(prompt, at, _)] = places(found)
         assert (prompt, at) == ("a painting", 2)
 
-    def test_a_textual_inversion_is_written_out_first(self):
-        tokenizer = tiny_tokenizer()
-        pipe = SimpleNamespace(maybe_convert_prompt=lambda p, _: p.replace("<x>", "red big"))
-        found = collect(encoder_with(tokenizer, pipe), of(("<x> dog", "cat")), ["a {}"], "last")
-        assert [at for _, at, _ in places(found)] == [4]
+    @pytest.mark.parametrize("tokens", ["last", "last_to_end"])
+    def test_a_textual_inversion_is_written_out_once(self, tokens):
+        """The encoder writes it out as well, and twice would be another prompt."""
+        pipe = SimpleNamespace(maybe_convert_prompt=lambda p, _: p.replace("<x>", "<x> <x>_1"))
+        found = collect(encoder_with(Words(), pipe), of(("<x> dog", "a <x>")), ["a {}"], tokens)
+        assert [(prompt, at) for prompt, at, _ in places(found)] == [("a <x> dog", 4)]
+        assert goals(found) == [[("a a <x>", 4, 1.0)]]
 
     @pytest.mark.parametrize("phrase", ["dog", "van gogh", "a dog.", "red car"])
     @pytest.mark.parametrize("template", ["{}", "a photo of {}", "{} in the house", "a {}."])
@@ -166,7 +170,7 @@ class TestAligned:
         both = {f.position: [at for _, at, _ in f.goal] for f in found.facts}
         assert both[1] == [1, 1]
         assert 2 not in both
-        assert both[4] == [len("begin a blue dog dog".split()), 4]
+        assert both[4] == [5, 4]
 
     def test_the_empty_target_is_the_text_of_no_prompt(self, words):
         found = collect(words, of(("red", ""), empty=True), ["a {} car"], "aligned")
@@ -235,7 +239,17 @@ class TestParsing:
 
     @pytest.mark.parametrize(
         "pair",
-        ["ab", "dog", 5, None, ("dog",), ("dog", "cat", "cow"), (1, "cat"), ("dog", 1), ("dog", [1])],
+        [
+            "ab",
+            "dog",
+            5,
+            None,
+            ("dog",),
+            ("dog", "cat", "cow"),
+            (1, "cat"),
+            ("dog", 1),
+            ("dog", [1]),
+        ],
     )
     def test_what_is_no_pair(self, pair):
         with pytest.raises(UsageError, match="A pair is two phrases, .* this is none: "):

@@ -86,10 +86,7 @@ def test_normal_equations(n, lam):
     keys, residuals = clip_like(n), random(n, M)
     change = solve(keys, residuals, lam).dense
     system, wanted = lam * torch.eye(D, dtype=torch.float64) + keys.T @ keys, residuals.T @ keys
-    size = float(change.norm() * system.norm() + wanted.norm())
-    assert float((change @ system - wanted).norm()) <= 1e-11 * size
-    if abs(n - D) > 1:  # keys that nearly span everything, and targets at random: large changes
-        assert error(change @ system, wanted) <= 1e-11
+    assert error(change @ system, wanted) <= 1e-11
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

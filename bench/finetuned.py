@@ -1,7 +1,7 @@
 """Fine-tuning that erases a concept, written from the papers, and its time beside the closed form.
 
-python bench/finetuned.py writes bench/finetuned.csv and prints Markdown. Before anything is timed,
-each way's pictures are judged: a ratio to something that erases nothing would mean nothing.
+python bench/finetuned.py writes bench/finetuned.csv and prints Markdown. What was timed
+is judged by its pictures: seconds of a way that erases nothing would mean nothing.
 """
 
 from __future__ import annotations
@@ -239,19 +239,21 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
         of = concept(name)
         ways = {way: partial(closed, editor, [of], kinds[of.kind]) for way, kinds in CLOSED.items()}
         tunings = {way: partial(tuned, pipe, of, way, args.steps) for way in (ESD, ABLATION)}
-        _say(f"{name}: pictures")
-        edits = {way: make() for way, make in (ways | tunings).items()}  # warm, too
+        edits = {way: make() for way, make in ways.items()}  # warm, too
+        seconds: dict[str, list[float]] = {way: [] for way in (*ways, *tunings)}
+        for number in range(args.runs):
+            for way, make in tunings.items():
+                _say(f"{name}: {way}, {number + 1} of {args.runs}")
+                edits[way] = _timed(make, seconds[way])
+            for way, make in ways.items():
+                for _ in range(args.closed):
+                    _timed(make, seconds[way], pipe)
         asked = tuple(q for q in questions(of) if q.role == "edited")
         subjects = [Subject(way, edit, asked) for way, edit in edits.items()]
         found = [row for some, _ in evaluator.judge(subjects, [0]) for row in some]
         erased = {one.edit: one.ua.value for one in judge(found) if one.ua is not None}
-        seconds: dict[str, list[float]] = {way: [] for way in edits}
-        for number in range(args.runs):
-            for way, make in tunings.items():
-                _say(f"{name}: {way}, {number + 1} of {args.runs}")
-                seconds[way].append(_timed(make, pipe, apply=False))
-            for way, make in ways.items():
-                seconds[way] += [_timed(make, pipe, apply=True) for _ in range(args.closed)]
+        if not all(erased.values()):
+            raise RuntimeError(f"{name}: a way erases nothing ({erased}); no seconds.")
         for way, each in seconds.items():
             rows.append(
                 {
@@ -270,17 +272,17 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _timed(make: Callable[[], Any], pipe: Any, apply: bool) -> float:
-    """Until the weights are there; of the closed form, until they are in the pipeline."""
+def _timed(make: Callable[[], Any], seconds: list[float], pipe: Any = None) -> Any:
+    """Until the edit is there; with a pipeline, until it is in it."""
     gc.collect()
     start = time.perf_counter()
     edit = make()
-    if apply:
+    if pipe is not None:
         edit.apply_(pipe)
-    found = time.perf_counter() - start
-    if apply:
+    seconds.append(time.perf_counter() - start)
+    if pipe is not None:
         edit.revert_(pipe)
-    return found
+    return edit
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

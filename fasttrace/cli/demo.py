@@ -25,16 +25,44 @@ PROMPTS = 5  # of each attribute, one seed: enough for intervals, minutes on two
 TOKENS: list[str | int] = ["last subject", "EOS", "padding"]
 TOP = 5
 # What is erased afterwards: each name is an edit with its pairs and the attribute they are of.
-_TEN = ("cat", "rocket", "house", "palm tree", "owl", "banana", "car", "robot", "guitar", "key")
-_OTHERS = ("duck", "tent", "castle", "cactus", "snail", "egg", "bus", "ghost", "bell", "hammer")
+# Captions that no probe asks, so that what is judged is another sentence than what was learnt.
+_LOOKS = {"flat": "red", "ink": "gray", "glossy": "green", "cartoon": "purple"}
+_THINGS = ("a bell", "a bus", "a snake", "an egg", "a tent", "a crab")
+_GROUNDS = ("white", "red", "blue", "gray", "green", "pink")
+_TEN = {
+    "a cat": "a duck",
+    "a rocket": "a tent",
+    "a house": "a pig",
+    "a palm tree": "a cactus",
+    "an owl": "a snail",
+    "a banana": "an egg",
+    "a car": "a bus",
+    "a robot": "a ghost",
+    "a guitar": "a bell",
+    "a key": "a hammer",
+}
 EDITS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "one-style": ("style", [("ink", "glossy")]),
-    "one-object": ("object", [("dog", "cat")]),
-    "ten-objects": ("object", list(zip(_TEN, _OTHERS, strict=True))),
+    "one-object": ("object", [("a dog", "a cat")]),
+    "ten-objects": ("object", list(_TEN.items())),
 }
+# At the layer that tracing finds. The more surroundings are learnt, and the more other phrases are
+# told to stay, the less moves beside the concept.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "style": {"method": "mlp"},
-    "object": {"method": "diffquickfix", "tokens": "last"},
+    "style": {
+        "lam": 0.1,
+        "templates": [
+            form.replace("THING", thing).replace("GROUND", ground)
+            for form in ("THING in {} style on a GROUND ground", "a {} drawing of THING on GROUND")
+            for thing, ground in zip(_THINGS, _GROUNDS, strict=True)
+        ],
+    },
+    "object": {
+        "templates": ["{}", "a picture of {}", "a drawing of {}"]
+        + [f"a {look} {word} of {{}}" for look in _LOOKS for word in ("picture", "drawing")]
+        + [f"{{}} in {look} style on a {ground} ground" for look, ground in _LOOKS.items()]
+        + [f"{{}} on a {ground} ground" for ground in _GROUNDS],
+    },
 }
 
 
@@ -113,11 +141,24 @@ def erase(out: Path, quiet: bool) -> tuple[Path, list[Judged]]:
     for name, (attribute, pairs) in EDITS.items():
         place = out / FOLDER / name
         if not (place / MANIFEST).is_file():
-            editor.edit(pairs, **SETTINGS[attribute]).save(place)
+            stay = _others(attribute, [old for old, _ in pairs])
+            editor.edit(pairs, preserve=stay, **SETTINGS[attribute]).save(place)
         edits[name] = load_edit(place)
     rows = judge_edits(pipe, edits, out / FOLDER, default_probes("embedded"), [0], quiet=quiet)
     page = write_edits_report(out / FOLDER, {name: e.manifest for name, e in edits.items()})
     return page, judge(rows)
+
+
+def _others(attribute: str, edited: list[str]) -> list[str]:
+    """Everything of the kind that the bundled model draws, but what is edited."""
+    from fasttrace.adapters.pipeline import embedded_folder
+    from fasttrace.edit.questions import article, bare
+    from fasttrace.embedded.classifier import load_classifier
+
+    names = load_classifier(embedded_folder("classifiers")).classes[attribute]
+    gone = {bare(phrase) for phrase in edited}
+    left = [name for name in names if name not in gone]
+    return left if attribute == "style" else [article(f"a {name}") for name in left]
 
 
 def choose(entries: list[ProbeEntry], full: bool) -> dict[Probe, list[int]]:

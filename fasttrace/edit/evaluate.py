@@ -172,9 +172,7 @@ class Evaluator:
             return {}
         found = expected(question.prompt, self.classifier.classes)
         own = self.classifier.classes.get(question.attribute, ())
-        if question.phrase in own:
-            found[question.attribute] = question.phrase
-        return found
+        return found | expected(question.phrase, {question.attribute: own})
 
 
 def expected(prompt: str, classes: Mapping[str, Sequence[str]]) -> dict[str, str]:

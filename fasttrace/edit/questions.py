@@ -69,16 +69,16 @@ def build_questions(
             ask(_about("edited", old, new, attribute, probe))
         asked = [t for t in PARAPHRASES if t not in templates][: most.paraphrases]
         for template in asked:
-            swapped = article(template.format(new)) if new else None
-            prompt = article(template.format(old))
+            swapped = article(template.format(bare(new))) if new else None
+            prompt = article(template.format(bare(old)))
             ask(Question("paraphrase", prompt, old, attribute, swapped))
         for probe, wrong in zip(
             _spread(around, 1) * most.misspellings,
-            misspellings(old, most.misspellings),
+            misspellings(bare(old), most.misspellings),
             strict=False,
         ):
             ask(_about("misspelling", old, new, attribute, probe, wrong))
-    free = [p for p in probes if not any(_holds(p.prompt, old) for old in olds)]
+    free = [p for p in probes if not any(_holds(p.prompt, bare(old)) for old in olds)]
     for role, chosen, number in (
         ("neighbour", [p for p in free if p.attribute in own], most.neighbours),
         ("other", [p for p in free if p.attribute not in own], most.others),
@@ -92,8 +92,15 @@ def attribute_of(phrase: str, probes: Sequence[Probe], attributes: Mapping[str, 
     """As given, or that of a probe with this subject; "" where neither says."""
     if phrase in attributes:
         return attributes[phrase]
-    same = (p.attribute for p in probes if p.subject.casefold() == phrase.casefold())
-    return next(same, "")
+    if bare(phrase) in attributes:
+        return attributes[bare(phrase)]
+    words = bare(phrase).casefold()
+    return next((p.attribute for p in probes if bare(p.subject).casefold() == words), "")
+
+
+def bare(phrase: str) -> str:
+    """Without a leading article: a caption has its own."""
+    return re.sub(r"^(?:an?|the)\s+(?=\S)", "", phrase.strip(), flags=re.IGNORECASE)
 
 
 def article(prompt: str) -> str:
@@ -129,8 +136,8 @@ def _about(
     """The probe's caption with the phrase in its subject's place."""
     start, stop = character_span(probe.prompt, probe.subject, probe.occurrence)
     head, tail = probe.prompt[:start], probe.prompt[stop:]
-    swapped = article(head + new + tail) if new else None
-    return Question(role, article(head + (spelt or old) + tail), old, attribute, swapped)
+    swapped = article(head + bare(new) + tail) if new else None
+    return Question(role, article(head + (spelt or bare(old)) + tail), old, attribute, swapped)
 
 
 def _holds(prompt: str, phrase: str) -> bool:

@@ -83,7 +83,7 @@ class Model:
         """ "embedded", a folder's own name, or the hub id it was loaded from."""
         given = str(getattr(self.pipe, "name_or_path", None) or type(self.pipe).__name__)
         path = Path(given)
-        if path == embedded_folder("model"):
+        if path.is_dir() and path.resolve() == embedded_folder("model"):
             return "embedded"
         return path.name if path.is_dir() else given
 

@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _say(_bug(error, given), FAILED)
     if code == STOPPED:  # the parser turns Ctrl-C into this code itself
-        return _say("stopped; run the same command to go on", STOPPED)
+        return _say("stopped; run the same command again", STOPPED)
     return code if isinstance(code, int) else DONE
 
 

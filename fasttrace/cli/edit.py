@@ -93,6 +93,8 @@ def command(
         print(json.dumps({**about(folder), "seconds": round(seconds, 4)}))
     elif not quiet:
         print(f"{edit} ({seconds:.2f} s)")
+        for line in saved(folder):
+            print(line)
         print(f"Saved in {folder}. Did it work? fasttrace evaluate {folder}")
 
 
@@ -129,6 +131,18 @@ def read_replacements(pair: Sequence[str] | None, pairs: Path | None) -> list[Re
 def given(**options: Any) -> dict[str, Any]:
     """Those that were given."""
     return {name: value for name, value in options.items() if value}
+
+
+def saved(folder: Path) -> list[str]:
+    """What a reader of the folder may not expect."""
+    written = about(folder)
+    lost = max(written["discarded"].values())
+    lines = []
+    if lost > 1e-6:
+        lines.append(f"Truncated: up to {100 * lost:.0f} % of a change's norm was left out.")
+    if written["forms"] == ["pipeline"]:
+        lines.append("A whole pipeline, since its rank is above half (a LoRA: --form peft).")
+    return lines
 
 
 def about(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fasttrace.cli.options import Json, Quiet, check_text, parse_seeds
-from fasttrace.errors import StoreError, UsageError
+from fasttrace.errors import ModelError, StoreError, UsageError
 
 NAME = "evaluate"
 FOLDER = "evaluation"
@@ -55,6 +55,8 @@ def command(
     from fasttrace.cli.sweep import quiet_libraries
 
     clock = Clock()
+    if (directory / "before").is_dir() and (directory / "edit").is_dir():
+        directory = directory / "edit"  # of locate-and-edit, whose own page is to stay
     edits = read_edits(directory)
     names = {edit.manifest["model"] for edit in edits.values()}
     if model is None and len(names) > 1:
@@ -66,18 +68,25 @@ def command(
         raise UsageError(f"--path is of one edit; {directory} holds {len(edits)}.")
     quiet_libraries()
     from fasttrace import load
+    from fasttrace.adapters.pipeline import Model
     from fasttrace.edit.editor import again
     from fasttrace.report.edits import PathPoint, write_edits_report
     from fasttrace.report.judged import judge
     from fasttrace.store.probes import read_probes
 
-    asked = (
-        default_probes(base) if probes is None else [entry.probe() for entry in read_probes(probes)]
-    )
     target = out or directory / FOLDER
     if target.exists() and not target.is_dir():
         raise StoreError(f"{target} is a file; choose another --out.")
-    pipe = load(base, dtype=dtype, device=device)
+    try:
+        pipe = load(base, dtype=dtype, device=device)
+    except ModelError as error:
+        hint = "" if model else " It is what the edit names; say where it lies with --model."
+        raise ModelError(f"{error}{hint}") from error
+    asked = (
+        default_probes(Model(pipe).name)
+        if probes is None
+        else [entry.probe() for entry in read_probes(probes)]
+    )
     rows = judge_edits(
         pipe,
         edits,

@@ -54,7 +54,7 @@ def judge_edits(
             known = dict.fromkeys(classes, attribute) | known
     subjects = []
     for name, edit in edits.items():
-        pairs = [(p["old"], " and ".join(p["new"])) for p in edit.manifest["pairs"]]
+        pairs = [(p["old"], " and ".join(p["new"])) for p in edit.pairs]
         asked = build_questions(pairs, probes, edit.manifest["templates"], known)
         if not asked:
             raise UsageError(f"No question fits the edit '{name}'; give other --probes.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ from fasttrace.errors import StoreError, UsageError
 from fasttrace.types import Corruption, Probe
 
 if TYPE_CHECKING:
+    from fasttrace.edit.phrases import Replacement
     from fasttrace.report.statistics import SiteEffect
 
 NAME = "locate-and-edit"
@@ -107,9 +108,10 @@ def command(
     best = most_causal(before)
     if (out / EDIT / MANIFEST).is_file():
         edit = load_edit(out / EDIT)
-        said = [(p["old"], tuple(p["new"])) for p in edit.manifest["pairs"]]
-        if said != [(r.old, r.news) for r in asked]:
-            raise StoreError(f"{out / EDIT} holds an edit of other phrases; choose another --out.")
+        _check_same(edit.manifest, asked, out / EDIT)
+        settings = given(lam=lam, tokens=tokens, templates=template, preserve=preserve)
+        for name, value in settings.items():
+            _check_setting(edit.manifest, name, value, out / EDIT)
     else:
         edit = Editor(pipe).edit(
             asked,
@@ -152,6 +154,21 @@ def command(
         print(f"Effect of the site, {c.group}: {c.before.effect:.2f}, after {c.after.effect:.2f}")
     if not quiet:
         print(f"{clock.seconds:.0f} s. The report: {page}")
+
+
+def _check_same(manifest: Mapping[str, Any], asked: Sequence[Replacement], folder: Path) -> None:
+    said = [(p["old"], tuple(p["new"]), p["strength"]) for p in manifest["pairs"]]
+    if said != [(r.old, r.news, r.strength) for r in asked]:
+        raise StoreError(f"{folder} holds an edit of other phrases; choose another --out.")
+
+
+def _check_setting(manifest: Mapping[str, Any], name: str, value: Any, folder: Path) -> None:
+    """Where something was asked for, the edit that is there has to have been made with it."""
+    if manifest[name] != value:
+        raise StoreError(
+            f"{folder} holds an edit made with {name} {manifest[name]!r}, not {value!r}; choose "
+            "another --out."
+        )
 
 
 def probes_of(

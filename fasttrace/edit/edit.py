@@ -40,7 +40,7 @@ class _Undo:
             self.matrix.module.weight.copy_(self.before)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Edit:
     """A finished edit of some weight matrices.
 
@@ -62,9 +62,18 @@ class Edit:
         """Of the base model's matrices that it changes."""
         return digest(self.manifest["base"])
 
+    @property
+    def pairs(self) -> list[dict[str, Any]]:
+        """Every pair, those of the edits below it too; the last word on a phrase counts."""
+        stages = [*self.manifest["after"], self.manifest]
+        return list({p["old"]: p for stage in stages for p in stage["pairs"]}.values())
+
+    def __repr__(self) -> str:
+        return f"<Edit: {self}>"
+
     def __str__(self) -> str:
         m = self.manifest
-        pairs = [f"{p['old']} -> {' + '.join(p['new']) or '(nothing)'}" for p in m["pairs"]]
+        pairs = [f"{p['old']} -> {' + '.join(p['new']) or '(nothing)'}" for p in self.pairs]
         shown = ", ".join(pairs[:3]) + (f" and {len(pairs) - 3} more" if len(pairs) > 3 else "")
         number = len(self.changes)
         matrices = "1 matrix" if number == 1 else f"{number} matrices"

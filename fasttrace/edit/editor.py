@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -26,6 +27,7 @@ from fasttrace.edit.phrases import (
 from fasttrace.edit.solver import Change, InputChange, solve_inputs, solve_moments
 from fasttrace.errors import ModelError, UsageError
 from fasttrace.plan.build import software
+from fasttrace.plan.options import parse_choice
 
 SCHEMA = 1
 _PRESERVE = "preserve is a list of phrases, such as ['monet', 'a dog']."
@@ -78,6 +80,7 @@ class Editor:
         """`edit` for several lambdas, which cost one decomposition."""
         if not lams:
             raise UsageError("lams is empty; give at least one.")
+        _check_names(options)
         [found] = self._edits([pairs], lams, **options)
         return found
 
@@ -85,6 +88,7 @@ class Editor:
         self, lists: Sequence[Pairs], *, lam: float | None = None, **options: Any
     ) -> list[Edit]:
         """Independent edits, one for each list of pairs, solved in one batch."""
+        _check_names(options)
         return [found[0] for found in self._edits(lists, [lam], **options)]
 
     def _edits(
@@ -259,6 +263,14 @@ def _solve(reads: Sequence[Read], lams: Sequence[float]) -> list[list[InputChang
                 for c in solved
             ]
     return [found[i] for i in range(len(reads))]
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for a name that is no keyword of an edit."""
+    parameters = inspect.signature(Editor._edits).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for name in given:
+        parse_choice(name, known, "argument")
 
 
 def _phrases(preserve: Sequence[str]) -> tuple[str, ...]:

@@ -97,6 +97,9 @@ def save(
     """
     folder = Path(folder)
     factors = {name: factorise(change, _rank(rank)) for name, change in edit.changes.items()}
+    if rank is not None:  # what is left of it is what is saved, in every form
+        left = {name: Change(f.up, f.down) for name, f in factors.items()}
+        edit = Edit(left, edit.manifest)
     chosen = _forms(edit, forms, rank, factors, pipe)
     with disk_errors(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -143,6 +146,9 @@ def load_edit(folder: str | Path) -> Edit:
 
 def _damaged(folder: Path, error: Exception) -> StoreError:
     reason = (str(error).splitlines() or [""])[0]
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        reason = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg'].lower()}"
     return StoreError(f"The edit in {folder} is damaged ({reason[:120]}).")
 
 
@@ -277,3 +283,5 @@ def _fill(
     (folder / MANIFEST).write_text(
         json.dumps(written.model_dump(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
+    for file in folder.glob("*.safetensors"):  # written for the owner alone, unlike the rest
+        file.chmod((folder / MANIFEST).stat().st_mode & 0o777)

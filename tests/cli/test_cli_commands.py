@@ -173,7 +173,7 @@ def test_ctrl_c_leaves_a_resumable_directory(trace, fake_tracer, tmp_path: Path)
     stop_at(fake_tracer, 2, KeyboardInterrupt())
     code, out, err = trace(*DOG)
     assert (code, out) == (130, "")
-    assert err.endswith("fasttrace: stopped; run the same command to go on\n")
+    assert err.endswith("fasttrace: stopped; run the same command again\n")
     assert len(read_rows(tmp_path / "out")) == 2
     fake_tracer.before_row = staticmethod(lambda number: None)
     assert json.loads(trace(*DOG, "--json")[1])["new"] == 2

@@ -76,9 +76,34 @@ def test_an_edit_on_top_of_another(folders, saved: Path, tmp_path: Path):
                  "--out", str(out), "-q"]) == 0  # fmt: skip
     edit = fasttrace.load_edit(out)
     assert len(edit.manifest["after"]) == 1
-    fasttrace.Editor(pipe := fasttrace.load(str(folders["sd"])))
-    with edit.applied(pipe):  # it fits the unedited model
+    assert [(p["old"], p["new"]) for p in edit.pairs] == [("dog", ["cat"]), ("car", ["house"])]
+    card = (out / "README.md").read_text()
+    assert "| dog | cat |" in card
+    assert "| car | house |" in card
+    with edit.applied(fasttrace.load(str(folders["sd"]))):  # it fits the unedited model
         pass
+
+
+def test_a_truncated_edit_says_so(folders, tmp_path: Path, capsys):
+    out = tmp_path / "e"
+    assert main(["edit", str(folders["sd"]), "--pair", "dog=cat", "--rank", "1", "--out",
+                 str(out)]) == 0  # fmt: skip
+    assert "Truncated: up to" in capsys.readouterr().out
+
+
+def test_the_files_are_for_everybody(saved: Path):
+    modes = {file.stat().st_mode & 0o777 for file in saved.iterdir() if file.is_file()}
+    assert len(modes) == 1
+
+
+def test_the_path_of_lambdas_is_drawn(folders, saved, probes, tmp_path: Path):
+    out = tmp_path / "judged"
+    assert main(["evaluate", str(saved), "--model", str(folders["sd"]), "--probes", str(probes),
+                 "--seeds", "0", "--steps", "1", "--metric", f"clip:{folders['clip']}", "--path",
+                 "--out", str(out), "-q"]) == 0  # fmt: skip
+    edits = {row.edit for row in read_judgements(out / "path")}
+    assert edits == {f"lam {lam:g}" for lam in (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)}
+    assert "lambda" in (out / "report.html").read_text().lower()
 
 
 def test_evaluate_writes_a_table_pictures_and_a_page(folders, saved, probes, capsys):
@@ -133,6 +158,16 @@ def test_locate_and_edit_aims_where_the_trace_says(folders, probes, tmp_path: Pa
     # Again: nothing is made anew, the same answer.
     assert main(arguments) == 0
     assert json.loads(capsys.readouterr().out)["effects"] == about["effects"]
+    # Other settings would be another edit than the one that lies there.
+    assert main([*arguments, "--lam", "7"]) == 1
+    assert "another --out" in sentence(capsys)
+    page = (out / "evaluation" / "report.html").read_bytes()
+    assert main(["evaluate", str(out), "--model", str(folders["sd"]), "--probes", str(probes),
+                 "--steps", "2", "--seeds", "0", "--metric", f"clip:{folders['clip']}",
+                 "-q"]) == 0  # fmt: skip
+    assert (out / "evaluation" / "report.html").read_bytes() == page
+    assert (out / "edit" / "evaluation" / "report.html").is_file()
+    capsys.readouterr()
     other = [a if a != "dog=cat" else "dog=house" for a in arguments]
     assert main(other) == 1
     assert "other phrases" in sentence(capsys)

@@ -63,7 +63,7 @@ def test_killed_stopped_and_resumed(arguments: list[str], tmp_path: Path):
     second.send_signal(signal.SIGINT)
     _, errors = second.communicate(timeout=60)
     assert second.returncode == 130
-    assert errors.endswith("fasttrace: stopped; run the same command to go on\n")
+    assert errors.endswith("fasttrace: stopped; run the same command again\n")
     stopped = len(read_rows(out))
     assert killed < stopped
 

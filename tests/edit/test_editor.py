@@ -644,3 +644,8 @@ class biases:
         with torch.no_grad():
             for layer, bias in zip(self.layers, self.before, strict=True):
                 layer.bias.copy_(bias)
+
+
+def test_an_unknown_argument_is_named(sd):
+    with pytest.raises(UsageError, match="argument 'lambda_'"):
+        Editor(sd).edit([("dog", "cat")], lambda_=0.1)

@@ -96,3 +96,12 @@ def test_misspellings_differ_from_the_phrase_and_from_each_other(phrase: str):
 )
 def test_articles_follow_the_next_letter(given: str, right: str):
     assert article(given) == right
+
+
+def test_a_phrase_may_have_its_article():
+    plain = build_questions([("dog", "umbrella")], PROBES)
+    dressed = build_questions([("a dog", "an umbrella")], PROBES)
+    assert [(q.role, q.prompt, q.swapped) for q in dressed] == [
+        (q.role, q.prompt, q.swapped) for q in plain
+    ]
+    assert attribute_of("a fox", PROBES, {"fox": "object"}) == "object"

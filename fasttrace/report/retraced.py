@@ -88,7 +88,14 @@ def compare(before: Result, after: Result, edited: Iterable[str]) -> Retraced:
         sites=[
             _site(one, two, olds, news, group, minimum) for one, two in both if one.site in sites
         ],
-        totals=_totals([(first[key], second[key]) for key in keys], group),
+        totals=_totals(
+            [
+                (first[k], second[k])
+                for k, old in zip(keys, olds, strict=True)
+                if counts(old, minimum)
+            ],
+            group,
+        ),
         pairs=len(pairs),
         counted=sum(counts(r, minimum) for r in pairs.values()),
         alone=len(first) + len(second) - 2 * len(keys),
@@ -190,7 +197,7 @@ def _site(
 def _totals(
     rows: Sequence[tuple[Row, Row]], group: Callable[[Row], str]
 ) -> list[tuple[str, Figure, Figure, Figure]]:
-    """Over every pair, each once."""
+    """Over the pairs that counted before, as the effects are; each once."""
     pairs = {(prompt_key(old), old.seed): (old, new) for old, new in rows}
     found = []
     for name in in_order(group(old) for old, _ in pairs.values()):

@@ -239,3 +239,28 @@ def test_an_existing_folder_is_left_alone(folders, saved: Path, capsys):
 def test_a_folder_without_an_edit_is_refused(tmp_path: Path, capsys):
     assert main(["evaluate", str(tmp_path)]) == 1
     assert "holds no edit" in sentence(capsys)
+
+
+def test_the_demo_erases_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On the bundled model, one of its edits and few captions: the concept goes, others stay."""
+    from fasttrace.cli import demo, judging
+    from fasttrace.types import Probe
+
+    probes = [
+        Probe("a dog in flat style on a blue ground", "dog", "object"),
+        Probe("a rocket in flat style on a yellow ground", "rocket", "object"),
+        Probe("a car in ink style on a yellow ground", "ink", "style"),
+    ]
+    monkeypatch.setattr(demo, "EDITS", {"one-object": demo.EDITS["one-object"]})
+    monkeypatch.setattr(judging, "default_probes", lambda model: probes)
+    page, [judged] = demo.erase(tmp_path, quiet=True)
+    assert page == tmp_path / "edits" / "report.html"
+    assert page.is_file()
+    assert judged.ua is not None
+    assert judged.ira is not None
+    assert judged.ua.value == judged.ira.value == 100
+    assert judged.before["ua"] is not None
+    assert judged.before["ua"].value == 0
+    again = (tmp_path / "edits" / "one-object" / "edit.json").stat().st_mtime_ns
+    demo.erase(tmp_path, quiet=True)
+    assert (tmp_path / "edits" / "one-object" / "edit.json").stat().st_mtime_ns == again

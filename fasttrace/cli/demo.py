@@ -24,7 +24,6 @@ NAME = "demo"
 PROMPTS = 5  # of each attribute, one seed: enough for intervals, minutes on two cores
 TOKENS: list[str | int] = ["last subject", "EOS", "padding"]
 TOP = 5
-# What is erased afterwards: each name is an edit with its pairs and the attribute they are of.
 # Captions that no probe asks, so that what is judged is another sentence than what was learnt.
 _LOOKS = {"flat": "red", "ink": "gray", "glossy": "green", "cartoon": "purple"}
 _THINGS = ("a bell", "a bus", "a snake", "an egg", "a tent", "a crab")
@@ -41,6 +40,7 @@ _TEN = {
     "a guitar": "a bell",
     "a key": "a hammer",
 }
+# What is erased afterwards: each name is an edit with its pairs and the attribute they are of.
 EDITS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "one-style": ("style", [("ink", "glossy")]),
     "one-object": ("object", [("a dog", "a cat")]),

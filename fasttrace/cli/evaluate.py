@@ -51,7 +51,7 @@ def command(
     Asked are captions with the edited phrase (also misspelt and in other words), its neighbours and
     other attributes. The bundled model's pictures are also judged by its classifiers.
     """
-    from fasttrace.cli.judging import Clock, default_probes, judge_edits, lines, read_edits
+    from fasttrace.cli.judging import Clock, captions, judge_edits, lines, read_edits
     from fasttrace.cli.sweep import quiet_libraries
 
     clock = Clock()
@@ -68,11 +68,9 @@ def command(
         raise UsageError(f"--path is of one edit; {directory} holds {len(edits)}.")
     quiet_libraries()
     from fasttrace import load
-    from fasttrace.adapters.pipeline import Model
     from fasttrace.edit.editor import again
     from fasttrace.report.edits import PathPoint, write_edits_report
     from fasttrace.report.judged import judge
-    from fasttrace.store.probes import read_probes
 
     target = out or directory / FOLDER
     if target.exists() and not target.is_dir():
@@ -82,11 +80,7 @@ def command(
     except ModelError as error:
         hint = "" if model else " It is what the edit names; say where it lies with --model."
         raise ModelError(f"{error}{hint}") from error
-    asked = (
-        default_probes(Model(pipe).name)
-        if probes is None
-        else [entry.probe() for entry in read_probes(probes)]
-    )
+    asked = captions(pipe, probes)
     rows = judge_edits(
         pipe,
         edits,

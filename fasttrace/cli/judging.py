@@ -14,6 +14,7 @@ from fasttrace.types import Judgement, Probe
 
 if TYPE_CHECKING:
     from fasttrace.edit.edit import Edit
+    from fasttrace.metrics.attribute import Classifier
     from fasttrace.report.judged import Figure, Judged
 
 PICTURES = "pictures"
@@ -26,6 +27,22 @@ def default_probes(model: str) -> list[Probe]:
     name = "probes.json" if model == "embedded" else "probes-real-models.json"
     with as_file(files("fasttrace.embedded") / name) as path:
         return [entry.probe() for entry in read_probes(path)]
+
+
+def captions(pipe: Any, probes: Path | None) -> list[Probe]:
+    """Those of a file, or the pipeline's default ones."""
+    from fasttrace.adapters.pipeline import Model
+    from fasttrace.store.probes import read_probes
+
+    if probes is None:
+        return default_probes(Model(pipe).name)
+    return [entry.probe() for entry in read_probes(probes)]
+
+
+def kinds_of(classifier: Classifier | None, given: Mapping[str, str]) -> dict[str, str]:
+    """Phrase -> attribute: every class of the model's classifiers, and what the user says."""
+    classes = {} if classifier is None else classifier.classes
+    return {name: kind for kind, names in classes.items() for name in names} | dict(given)
 
 
 def judge_edits(
@@ -48,10 +65,7 @@ def judge_edits(
     from fasttrace.store.pictures import save_picture
 
     evaluator = Evaluator.of(pipe, metric, **dict(sampling or {}))
-    known = dict(attributes or {})
-    if evaluator.classifier is not None:
-        for attribute, classes in evaluator.classifier.classes.items():
-            known = dict.fromkeys(classes, attribute) | known
+    known = kinds_of(evaluator.classifier, attributes or {})
     subjects = []
     for name, edit in edits.items():
         pairs = [(p["old"], " and ".join(p["new"])) for p in edit.pairs]

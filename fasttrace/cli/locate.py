@@ -63,7 +63,7 @@ def command(
     went, and what else moved. A stopped run goes on with the same command.
     """
     from fasttrace.cli.evaluate import parse_attribute
-    from fasttrace.cli.judging import Clock, default_probes, judge_edits, lines
+    from fasttrace.cli.judging import Clock, captions, judge_edits, kinds_of, lines
     from fasttrace.cli.options import parse_components
     from fasttrace.cli.sweep import Request, quiet_libraries, run
 
@@ -74,16 +74,19 @@ def command(
     components = parse_components(component or ["all"])
     quiet_libraries()
     from fasttrace import Editor, load, load_edit
+    from fasttrace.adapters.pipeline import Model
     from fasttrace.edit.export import MANIFEST
+    from fasttrace.metrics.registry import DEFAULT, Metrics
     from fasttrace.report.edits import write_edits_report
     from fasttrace.report.judged import judge
     from fasttrace.report.result import Result
     from fasttrace.report.retraced import compare
-    from fasttrace.store.probes import read_probes
+    from fasttrace.store import Shard
 
-    captions = default_probes(model) if probes is None else [e.probe() for e in read_probes(probes)]
     pipe = load(check_text("MODEL", model), dtype=dtype, device=device)
-    traced = probes_of([r.old for r in asked], captions, _kinds(pipe, kinds))
+    asking = captions(pipe, probes)
+    classifier = Metrics(Model(pipe)).classifier()
+    traced = probes_of([r.old for r in asked], asking, kinds_of(classifier, kinds))
     request = Request(
         model=model,
         probes=dict.fromkeys(traced, numbers),
@@ -95,11 +98,11 @@ def command(
         tokens=["last subject"] if "text_encoder" in components else [],
         windows=None,
         branch="cond",
-        metrics=[metric or _metric(pipe)],
+        metrics=[metric or (DEFAULT if classifier is None else "attribute")],
         sampling={"steps": steps, "guidance": guidance},
         dtype=dtype,
         device=device,
-        shard=_whole(),
+        shard=Shard(),
         pictures=True,
         quiet=quiet,
     )
@@ -129,7 +132,7 @@ def command(
         pipe,
         {EDIT: edit},
         out / EVALUATION,
-        captions,
+        asking,
         numbers,
         attributes=kinds,
         metric=None if metric is None or metric.startswith("attribute") else metric,
@@ -205,29 +208,6 @@ def _share(effect: SiteEffect) -> str:
     return f"{percent(effect.normalised)} of the total effect"
 
 
-def _kinds(pipe: Any, given: dict[str, str]) -> dict[str, str]:
-    """What each class of the model's classifiers is, and what the user says."""
-    from fasttrace.adapters.pipeline import Model
-    from fasttrace.metrics.registry import Metrics
-
-    classifier = Metrics(Model(pipe)).classifier()
-    classes = {} if classifier is None else classifier.classes
-    return {name: kind for kind, names in classes.items() for name in names} | given
-
-
-def _metric(pipe: Any) -> str:
-    from fasttrace.adapters.pipeline import Model
-    from fasttrace.metrics.registry import DEFAULT, Metrics
-
-    return DEFAULT if Metrics(Model(pipe)).classifier() is None else "attribute"
-
-
 def _sites(components: Sequence[str]) -> list[str]:
     text = ["attn", "mlp"] if "text_encoder" in components else []
     return [*text, *(["attn2"] if "unet" in components else [])]
-
-
-def _whole() -> Any:
-    from fasttrace.store import Shard
-
-    return Shard()

@@ -50,9 +50,10 @@ inline bool rows_are_dense(const Tensor& tensor) {
   return true;
 }
 
-inline bool rows_are_contiguous(const Tensor& tensor) {
+// A row is what lies past the dimensions before `first`.
+inline bool rows_are_contiguous(const Tensor& tensor, int64_t first = 1) {
   int64_t expected = 1;
-  for (int64_t d = tensor.dim() - 1; d >= 1; --d) {
+  for (int64_t d = tensor.dim() - 1; d >= first; --d) {
     if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
     expected *= tensor.size(d);
   }
@@ -74,8 +75,8 @@ inline bool wide_float(const Require& require, const Tensor& tensor, ScalarType 
   return wide;
 }
 
-inline Dtype dtype_of(const Require& require, const Tensor& out) {
-  switch (out.scalar_type()) {
+inline Dtype dtype_of(const Require& require, const Tensor& tensor, const char* name = "out") {
+  switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return Dtype::kFloat32;
     case ScalarType::Double:
@@ -87,7 +88,7 @@ inline Dtype dtype_of(const Require& require, const Tensor& out) {
     default:
       break;
   }
-  require(false, "out must be float16, bfloat16, float32 or float64");
+  require(false, name, " must be float16, bfloat16, float32 or float64");
   return Dtype::kFloat32;
 }
 

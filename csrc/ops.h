@@ -29,21 +29,53 @@ struct PatchRowsArgs {
   bool wide_index, wide_strength;
 };
 
+// Tensors that live from one call to the next: a thread of guided_step holds all of them at once.
+constexpr int kMostKept = 8;
+
+// One call of guided_step_ as plain numbers: prediction and sample viewed as [2L or L, N], state as
+// [kept, L, N], noise as [T, L, N]. Strides count elements; one of 0 broadcasts.
+struct GuidedStepArgs {
+  const void* prediction;
+  void* state;
+  void* sample;
+  int64_t* counter;  // [2]: the call, and the ticket by which the last block knows itself
+  // Of float, or double if wide_tables.
+  const void* weights;       // [T, S]
+  const void* input_scales;  // [T + 1]
+  const void* guidance;      // [L] through its stride, or nullptr
+  const void* noise;         // or nullptr
+  int64_t lanes, row_size, calls;
+  int latents, predictions;
+  int64_t prediction_lane_stride, sample_lane_stride, state_slot_stride, state_lane_stride;
+  int64_t guidance_lane_stride, noise_call_stride, noise_lane_stride;
+  Dtype dtype, state_dtype;  // of prediction and sample; of state and noise
+  bool wide_tables;
+};
+
 using torch::stable::Tensor;
 
 Tensor patch_rows_cpu(const Tensor& out, const Tensor& source, const Tensor& index,
                       const Tensor& strength, const std::optional<Tensor>& mask);
 void patch_rows_cpu_(Tensor out, const Tensor& source, const Tensor& index, const Tensor& strength,
                      const std::optional<Tensor>& mask);
+void guided_step_cpu_(const Tensor& prediction, Tensor state, Tensor sample, Tensor counter,
+                      const Tensor& weights, const Tensor& input_scales,
+                      const std::optional<Tensor>& guidance, const std::optional<Tensor>& noise,
+                      int64_t latents);
 
 #ifdef FASTTRACE_CUDA
 Tensor patch_rows_cuda(const Tensor& out, const Tensor& source, const Tensor& index,
                        const Tensor& strength, const std::optional<Tensor>& mask);
 void patch_rows_cuda_(Tensor out, const Tensor& source, const Tensor& index, const Tensor& strength,
                       const std::optional<Tensor>& mask);
+void guided_step_cuda_(const Tensor& prediction, Tensor state, Tensor sample, Tensor counter,
+                       const Tensor& weights, const Tensor& input_scales,
+                       const std::optional<Tensor>& guidance, const std::optional<Tensor>& noise,
+                       int64_t latents);
 #endif
 
 // `stream` is a cudaStream_t. Returns nullptr, or the launch error in words.
 const char* patch_rows_launch(const PatchRowsArgs& args, void* stream);
+const char* guided_step_launch(const GuidedStepArgs& args, void* stream);
 
 }  // namespace fasttrace

@@ -96,8 +96,9 @@ def define_gradient(
     )
 
 
-def refuse_gradient(name: str, remedy: str, *, mutates: int) -> None:
-    """Makes an op that has no gradient say so, and counts its write in argument `mutates`."""
+def refuse_gradient(name: str, remedy: str, *, mutates: int | tuple[int, ...]) -> None:
+    """Makes an op that has no gradient say so, and counts its writes in arguments `mutates`."""
+    written = (mutates,) if isinstance(mutates, int) else mutates
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def autograd(*arguments: Any) -> Any:
@@ -107,7 +108,8 @@ def refuse_gradient(name: str, remedy: str, *, mutates: int) -> None:
             raise RuntimeError(f"{name} has no gradient, but one is required; {remedy}")
         with torch._C._AutoDispatchBelowAutograd():
             result = overload(*arguments)
-        torch.autograd.graph.increment_version(arguments[mutates])
+        for position in written:
+            torch.autograd.graph.increment_version(arguments[position])
         return result
 
     _library.impl(name, autograd, "Autograd")

@@ -1,5 +1,7 @@
 """The ways an op can run on a machine without a GPU, as one parameter: `form`."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,14 +21,19 @@ def form(request):
 
 
 @pytest.fixture
-def run(form):
+def function(form):
+    """function(spec): the op in the given form, as something to call."""
+    names = {"compiled": "op", "fallback": "fallback", "triton": "launch"}
+    return lambda spec: getattr(spec, names[form])
+
+
+@pytest.fixture
+def run(function):
     """run(spec, **arguments) computes an op in the given form and leaves its arguments alone."""
 
-    def run(spec: Spec, out: torch.Tensor, **arguments: torch.Tensor | None) -> torch.Tensor:
-        if form == "compiled":
-            return spec.op(out, **arguments)
-        result = out.clone()
-        {"fallback": spec.fallback, "triton": spec.launch}[form](result, **arguments)
-        return result
+    def run(spec: Spec, *out: torch.Tensor, **arguments: Any) -> Any:
+        named = dict(zip(spec.written, out, strict=False))
+        results = spec.outcome(function(spec), named | arguments)
+        return results if len(results) > 1 else results[0]
 
     return run

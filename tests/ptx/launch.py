@@ -75,7 +75,7 @@ class Kernel:
         self, grid: tuple[int, ...], arguments: Mapping[str, Argument], *, backwards: bool = False
     ) -> GlobalMemory:
         """Runs the blocks one after another; a GPU promises no order, so any has to do."""
-        program, operations = _bound(self.ptx)
+        program, operations = bound(self.ptx)
         arrays = {
             name: as_array(value)
             for name, value in arguments.items()
@@ -88,20 +88,16 @@ class Kernel:
         # Triton's own scratch pointers come last; nothing was asked to be behind them.
         passed += [0] * (len(program.parameters) - len(passed))
         parameters = dict(zip(program.parameters, passed, strict=True))
-        x_size, y_size, z_size = (*grid, 1, 1)[:3]
-        positions = [(x, y, z) for z in range(z_size) for y in range(y_size) for x in range(x_size)]
-        for position in reversed(positions) if backwards else positions:
-            block = Block(
-                program=program,
-                operations=operations,
-                memory=memory,
-                parameters=parameters,
-                shared_size=self.shared_size,
-                threads_count=WARP * self.num_warps,
-                position=position,
-                grid=(x_size, y_size, z_size),
-            )
-            block.run()
+        run_blocks(
+            (*grid, 1, 1)[:3],
+            backwards=backwards,
+            program=program,
+            operations=operations,
+            memory=memory,
+            parameters=parameters,
+            shared_size=self.shared_size,
+            threads_count=WARP * self.num_warps,
+        )
         return memory
 
     def edited(self, pattern: str, replacement: str, *, which: int | None = None) -> Kernel:
@@ -129,9 +125,17 @@ class Kernel:
 
 
 @cache
-def _bound(ptx: str) -> tuple[Program, tuple[Operation, ...]]:
-    program = parse(ptx)
+def bound(ptx: str, entry_name: str | None = None) -> tuple[Program, tuple[Operation, ...]]:
+    program = parse(ptx, entry_name)
     return program, operations_of(program)
+
+
+def run_blocks(grid: tuple[int, ...], *, backwards: bool, **launched: Any) -> None:
+    """One block after another; what else a `Block` has is the same for all."""
+    x_size, y_size, z_size = grid
+    positions = [(x, y, z) for z in range(z_size) for y in range(y_size) for x in range(x_size)]
+    for position in reversed(positions) if backwards else positions:
+        Block(position=position, grid=(x_size, y_size, z_size), **launched).run()
 
 
 def as_array(tensor: torch.Tensor) -> Array:

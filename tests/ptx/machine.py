@@ -1,7 +1,8 @@
-"""One thread block: registers are arrays over its threads, and all threads share one counter.
+"""One thread block: registers are arrays over its threads, and a guard (`@%p`) becomes a mask.
 
-That is enough for what Triton emits, where control flow is uniform over a block: a branch that is
-not is a fault. A guard (`@%p`) becomes a mask.
+As long as all threads go the same way, as they do in what Triton emits, they share one counter.
+Where they part, those at the lowest place go on first, up to where the others are: code that is
+laid out in order then runs once for all whose ways meet. nvcc's PTX parts them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .values import Array, decode, encode, poison, raw_type, width
 Position = tuple[int, int, int]
 Operation = Callable[["Block", Instruction], None]
 SHARED_ARRAY = "global_smem"
+_STRUCTS = 16  # parameters that are structs lie this many bits apart, in a space of their own
 SINK = Symbol("_")  # PTX ISA, "Destination Operands": a result that is thrown away
 
 
@@ -47,7 +49,7 @@ class Block:
     program: Program
     operations: Sequence[Operation]  # one an instruction
     memory: GlobalMemory
-    parameters: Mapping[str, int | float]
+    parameters: Mapping[str, int | float | bytes]  # bytes are a struct
     shared_size: int
     threads_count: int
     position: Position = (0, 0, 0)
@@ -56,7 +58,7 @@ class Block:
 
     shared: SharedMemory = field(init=False)
     mask: Array | None = field(init=False, default=None)  # of the current instruction; None is all
-    counter: int | None = field(init=False, default=0)  # None is the end
+    counter: int | None = field(init=False, default=0)  # of the threads at work; None: choose again
     steps: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -64,6 +66,11 @@ class Block:
             raise Fault(f"a block has whole warps here, got {self.threads_count} threads")
         self.shared = SharedMemory(self.shared_size)
         self.threads = np.arange(self.threads_count)
+        self._at_work: Array | None = None  # None is all
+        self._until = self._end = len(self.program.instructions)
+        self._counters = np.zeros(self.threads_count, np.int64)  # of the threads not at work
+        self._waiting = np.zeros(self.threads_count, np.bool_)  # at a barrier
+        self._barrier: Instruction | None = None
         self._registers: dict[str, Array] = {}
         self._constants: dict[tuple[int, int], Array] = {}
         self._specials = {"%laneid": self.threads % WARP}
@@ -74,6 +81,11 @@ class Block:
                 f"%ctaid.{letter}": np.full_like(self.threads, self.position[axis]),
                 f"%nctaid.{letter}": np.full_like(self.threads, self.grid[axis]),
             }
+        self.structs: dict[str, tuple[int, bytes]] = {
+            name: (n << _STRUCTS, value)
+            for n, (name, value) in enumerate(self.parameters.items(), start=1)
+            if isinstance(value, bytes)
+        }
         self._copies: list[_Copy] = []  # not committed yet
         self._groups: list[list[_Copy]] = []  # oldest first
 
@@ -81,22 +93,45 @@ class Block:
         instructions, operations = self.program.instructions, self.operations
         # Masked-off threads compute with whatever their registers hold.
         with np.errstate(all="ignore"):
-            while self.counter is not None and self.counter < len(instructions):
-                instruction, operation = instructions[self.counter], operations[self.counter]
-                self.counter += 1
-                self.steps += 1
-                try:
-                    self._step(instruction, operation)
-                except Fault as fault:
-                    where = f"in block {self.position} at {instruction}"
-                    raise type(fault)(f"{fault}; {where}") from None
+            while self._choose():
+                while self.counter is not None and self.counter < self._until:
+                    instruction, operation = instructions[self.counter], operations[self.counter]
+                    self.counter += 1
+                    self.steps += 1
+                    try:
+                        self._step(instruction, operation)
+                    except Fault as fault:
+                        raise self._placed(fault, instruction) from None
+
+    def _placed(self, fault: Fault, instruction: Instruction | None) -> Fault:
+        return type(fault)(f"{fault}; in block {self.position} at {instruction}")
+
+    def _choose(self) -> bool:
+        """Whose turn it is: of the threads that don't wait, those at the lowest place, until they
+        come to where others are."""
+        if self.counter is not None:
+            self._counters[... if self._at_work is None else self._at_work] = self.counter
+        running = (self._counters < self._end) & ~self._waiting
+        if not running.any():
+            if self._waiting.any():
+                count = f"only {int(self._waiting.sum())} of {self.threads_count} threads"
+                raise self._placed(Divergence(f"{count} come to the barrier"), self._barrier)
+            return False
+        self.counter = int(self._counters[running].min())
+        chosen = running & (self._counters == self.counter)
+        ahead = self._counters[running & ~chosen]
+        self._until = int(ahead.min()) if ahead.size else self._end
+        self._at_work = None if chosen.all() else chosen
+        return True
 
     def _step(self, instruction: Instruction, operation: Operation) -> None:
         if self.steps > self.limit:
             raise Endless(f"{self.limit} instructions and no end")
-        self.mask = None
+        self.mask = self._at_work
         if instruction.guard is not None:
             mask = self.read(instruction.guard, "pred") != instruction.negated
+            if self._at_work is not None:
+                mask = mask & self._at_work
             if not mask.any():
                 return
             self.mask = None if mask.all() else mask
@@ -125,6 +160,8 @@ class Block:
                 return self._specials[name].astype(raw_type(bits))
             case Symbol(name) if name == SHARED_ARRAY:
                 return self._constant(0, bits)
+            case Symbol(name) if name in self.structs:
+                return self._constant(self.structs[name][0], bits)
             case Vector(items):
                 each = bits // len(items)
                 total = self._constant(0, bits)
@@ -167,7 +204,7 @@ class Block:
         if not isinstance(operand, Address):
             raise UnknownInstruction(f"{operand} is no address")
         base = operand.base
-        bits = base.width if isinstance(base, Register) else 32
+        bits = base.width if isinstance(base, Register) else 64
         result = self.raw(base, bits).astype(np.int64) + operand.offset
         if self.mask is None:
             return result, self.threads
@@ -182,15 +219,40 @@ class Block:
             )
 
     def jump(self, label: Operand) -> None:
-        """All threads, or none: those masked off would go another way."""
-        self.require_all()
+        """Of the threads that take part; the others at work go on to the next instruction."""
         if not isinstance(label, Symbol) or label.name not in self.program.labels:
             raise UnknownInstruction(f"{label} is no label")
-        self.counter = self.program.labels[label.name]
+        self._go(self.program.labels[label.name])
 
     def end(self) -> None:
-        self.require_all()
+        self._go(self._end)
+
+    def _go(self, place: int) -> None:
+        if self.mask is None:
+            self.counter = place
+            return
+        self._leave(place)
+
+    def _leave(self, place: int) -> None:
+        self._counters[... if self._at_work is None else self._at_work] = self.counter
+        self._counters[... if self.mask is None else self.mask] = place
         self.counter = None
+
+    def barrier(self) -> None:
+        """Whoever comes first waits for all the others, and it has to be here that they come."""
+        if self.mask is None:
+            self.shared.barrier()
+            return
+        assert self.counter is not None
+        place = self.counter
+        if (self._counters[self._waiting] != place).any():
+            raise Divergence("others wait at another barrier")
+        self._leave(place)
+        self._waiting |= self.mask
+        self._barrier = self.program.instructions[place - 1]
+        if self._waiting.all():
+            self._waiting[:] = False
+            self.shared.barrier()
 
     def start_copy(self, target: Operand, data: Array) -> None:
         """Data [n, size] of the threads that take part will arrive at an address."""

@@ -48,7 +48,7 @@ class GlobalMemory:
         window = (len(self._regions) + 1) << _WINDOW
         size = high - low
         memory = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(low))
-        allowed, read, written = np.zeros((3, size), np.bool_)
+        allowed, read, written = np.zeros((3, max(size, 1)), np.bool_)
         self._regions.append(_Region(window + low, memory, allowed, read, written))
         for name in names:
             first = self._first(name)

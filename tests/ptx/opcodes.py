@@ -78,6 +78,17 @@ def mov(block: Block, i: Instruction) -> None:
         block.write_raw(item, part, f"b{each}")
 
 
+@opcode("cvta.to.global", kinds={"u64"})
+def to_global(block: Block, i: Instruction) -> None:
+    """All addresses here are global ones."""
+    block.write_raw(i.operands[0], block.raw(i.operands[1], 64), "u64")
+
+
+@opcode("membar.gl")
+def fence(block: Block, i: Instruction) -> None:
+    """Blocks run one after another here: there is nothing to order."""
+
+
 @opcode("createpolicy.fractional", flags="L2::evict_first L2::evict_last", kinds={"b64"})
 def createpolicy(block: Block, i: Instruction) -> None:
     """Advice to the cache; nobody looks at its bits."""
@@ -97,10 +108,9 @@ def ret(block: Block, i: Instruction) -> None:
 @opcode("bar.sync barrier.sync", flags="aligned")
 def bar_sync(block: Block, i: Instruction) -> None:
     """Of the whole block, whichever of the sixteen barriers it is."""
-    block.require_all()
     if i.operands[1:] not in ((), (Immediate(block.threads_count),)):
         raise UnknownInstruction("a barrier of some of the threads is not known")
-    block.shared.barrier()
+    block.barrier()
 
 
 @opcode("bar.warp.sync")

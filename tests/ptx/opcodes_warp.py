@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .faults import UnknownInstruction
@@ -57,6 +59,25 @@ def shuffle(block: Block, i: Instruction) -> None:
     block.write_raw(first, result.reshape(-1), "b32")
     for predicate in rest:
         block.write(predicate, inside.reshape(-1), "pred")
+
+
+_REDUCTIONS: dict[str, Callable[..., Array]] = {
+    "add": np.add.reduce,
+    "min": np.minimum.reduce,
+    "max": np.maximum.reduce,
+}
+
+
+@opcode("redux.sync.add redux.sync.min redux.sync.max", kinds={"s32", "u32"})
+def reduce_warp(block: Block, i: Instruction) -> None:
+    """PTX ISA, "redux.sync": every lane gets the sum, least or greatest of its warp's 32."""
+    block.require_all()
+    target, source, members = i.operands
+    if (block.raw(members, 32) != 0xFFFFFFFF).any():
+        raise UnknownInstruction("a reduction of a part of a warp is not known")
+    numbers = _by_warp(block, source, i.kind)
+    result = _REDUCTIONS[i.flags[2]](numbers, axis=1, keepdims=True, dtype=numbers.dtype)
+    block.write(target, np.broadcast_to(result, numbers.shape).reshape(-1), i.kind)
 
 
 @opcode("ldmatrix.sync.aligned.m8n8", flags="x1 x2 x4 trans shared shared::cta", kinds={"b16"})

@@ -1,4 +1,4 @@
-"""PTX text to instructions: one entry function, its parameters, registers and labels.
+"""PTX text to instructions: an entry function, its parameters, registers and labels.
 
 Grammar: PTX ISA, "Syntax", "Instruction Operands" and "State Spaces, Types, and Variables".
 """
@@ -97,16 +97,19 @@ _ADDRESS = re.compile(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\w+)\s*)?\]")
 _SPECIAL = re.compile(r"%(n?tid|n?ctaid)\.[xyz]|%laneid")
 
 
-def parse(text: str) -> Program:
-    """The one entry function of a PTX module."""
+def parse(text: str, entry_name: str | None = None) -> Program:
+    """An entry function of a PTX module, by name, or the only one."""
     # Blanks instead of nothing, so that lines keep their numbers.
     text = re.sub(r"/\*.*?\*/", lambda found: re.sub(r"[^\n]", " ", found[0]), text, flags=re.S)
     text = re.sub(r"//.*|^[ \t]*\.(loc|file)\b.*", "", text, flags=re.M)
-    entries = list(_ENTRY.finditer(text))
+    entries = [e for e in _ENTRY.finditer(text) if entry_name in (None, e["name"])]
     if len(entries) != 1:
-        raise Fault(f"expected one entry function in the PTX, got {len(entries)}")
+        of_name = f" of the name {entry_name}" if entry_name else ""
+        raise Fault(f"expected one entry function{of_name} in the PTX, got {len(entries)}")
     entry = entries[0]
-    parameters = [part.split()[-1] for part in entry["parameters"].split(",") if part.strip()]
+    # A struct is an array of bytes: `.param .align 8 .b8 name[128]`.
+    parts = [part.partition("[")[0] for part in entry["parameters"].split(",") if part.strip()]
+    parameters = [part.split()[-1] for part in parts]
     body = _Body(text, entry.end())
     return Program(entry["name"], tuple(parameters), tuple(body.instructions), body.labels)
 
@@ -121,6 +124,7 @@ class _Body:
         self._scopes: list[dict[str, Register]] = [{}]
         self._scopes_seen = 1
         self._text, self._position = text, position
+        self._line, self._counted = 1, 0  # of the last statement, and where it began
         while self._scopes:
             self._statement()
 
@@ -141,7 +145,8 @@ class _Body:
         else:
             end = text.index(";", self._position)
             statement = " ".join(text[self._position : end].split())
-            line = text.count("\n", 0, self._position) + 1
+            self._line += text.count("\n", self._counted, self._position)
+            line, self._counted = self._line, self._position
             self._position = end + 1
             if statement.startswith(".reg "):
                 self._declare(statement)

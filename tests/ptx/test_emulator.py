@@ -58,10 +58,10 @@ def test_a_loop_without_an_end():
         run("$again: bra.uni $again;", ints(1))
 
 
-@pytest.mark.parametrize("goes", ["bra $end", "ret", "bar.sync 0", "cp.async.wait_group 0"])
-def test_threads_that_go_different_ways(goes):
+@pytest.mark.parametrize("needs_all", ["bar.sync 0", "bar.warp.sync -1", "cp.async.wait_group 0"])
+def test_what_all_threads_have_to_do_together(needs_all):
     with pytest.raises(Divergence, match="only 7 of 32 threads"):
-        run(f"setp.lt.s32 %p1, %r0, 7; @%p1 {goes}; $end: mov.b32 %r1, 0;", ints(1))
+        run(f"setp.lt.s32 %p1, %r0, 7; @%p1 {needs_all};", ints(1))
 
 
 def test_a_register_that_was_never_written():
@@ -106,6 +106,11 @@ def test_a_gap_between_rows_is_outside():
 def test_an_address_of_nothing():
     with pytest.raises(OutOfBounds, match="address 0x10, which belongs to no argument"):
         run("mov.b64 %rd9, 16; ld.global.b32 %r1, [%rd9];", ints(1))
+
+
+def test_an_argument_without_elements():
+    with pytest.raises(OutOfBounds, match=r"thread 0 reads 4 bytes at out \+0"):
+        run("ld.global.b32 %r1, [%rd0];", ints(0))
 
 
 def test_misaligned():

@@ -328,7 +328,7 @@ REFUSED = {
     "frobnicate.b32 d, a;": "opcode frobnicate.b32 is not known; line .*`frobnicate.b32 d, a`",
     "add.sat.s32 d, a, a;": "opcode add.sat.s32 is not known with .sat",
     "add.rz.f32 d, a, a;": "add.rz.f32 is not known with .rz",
-    "atom.global.add.u32 d, [%rd1], 1;": "opcode atom.global.add.u32 is not known",
+    "atom.global.xor.b32 d, [%rd1], 1;": "opcode atom.global.xor.b32 is not known",
     "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {d}, {a}, {a}, {a};": "m16n8k32",
     "prmt.b32.f4e d, a, a, a;": "not known",
     "ld.global.acquire.gpu.b32 d, [%rd1];": ".acquire",

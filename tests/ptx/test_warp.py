@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from .faults import UnknownInstruction
 from .handwritten import compute, run
 
 LANE = np.arange(32, dtype=np.int32)
@@ -28,6 +29,39 @@ def test_shuffles(instruction, want):
 def test_a_shuffle_tells_who_got_something():
     got = compute("shfl.sync.down.b32 %r1|d, a, 2, 31, -1;", np.bool_, a=LANE)
     assert got.tolist() == [True] * 30 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    ("instruction", "first", "want"),
+    [
+        ("max.s32", -20, 11),
+        ("min.s32", -20, -20),
+        ("max.u32", -20, -1),  # of unsigned ones the greatest: all bits
+        ("min.u32", -20, 0),
+        ("add.s32", -20, -144),
+        ("add.u32", 2**31 - 32, 496 - 32 * 32),
+    ],
+)
+def test_reductions_of_a_warp(instruction, first, want):
+    got = compute(f"redux.sync.{instruction} d, a, -1;", np.int32, a=first + LANE)
+    assert got.tolist() == [want] * 32
+
+
+def test_each_warp_is_reduced_by_itself():
+    out = torch.zeros(64, dtype=torch.int32)
+    run(
+        "mov.b32 %r2, -1; redux.sync.max.s32 %r1, %r0, %r2;"
+        "mad.wide.u32 %rd1, %r0, 4, %rd0; st.global.b32 [%rd1], %r1;",
+        out,
+        num_warps=2,
+    )
+    assert out.tolist() == [31] * 32 + [63] * 32
+
+
+@pytest.mark.parametrize("members", ["0xffff", "a"])
+def test_a_reduction_of_a_part_of_a_warp_is_refused(members):
+    with pytest.raises(UnknownInstruction, match="part of a warp"):
+        compute(f"redux.sync.max.s32 d, a, {members};", np.int32, a=LANE)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

@@ -67,10 +67,11 @@ def all_keys_at_once(
 
 
 def attention_config(
-    sm: int | None, dtype: torch.dtype, head_size: int, *, short: bool
+    sm: int | None, dtype: torch.dtype, head_size: int, *, short: bool, splice: bool = True
 ) -> AttentionConfig:
     """For an architecture (80, 90, ...; others inherit the next lower one's), or for Triton's
-    interpreter (None). `short` is the path that has all keys at once.
+    interpreter (None). `short` is the path that has all keys at once, `splice` says that there is a
+    table of sources.
     """
     if sm is None:
         return INTERPRETED
@@ -78,7 +79,10 @@ def attention_config(
     if dtype == torch.float32:
         return AttentionConfig(32, 32, 4, 1) if width <= 96 else AttentionConfig(16, 16, 8, 1)
     if short:
-        return AttentionConfig(128, 64, 8, 1) if width == 128 else AttentionConfig(64, 64, 4, 1)
+        # Without a table 64 queries of 80 are given 128 registers, and spill; the same warps in
+        # half as many blocks don't. With one they need more, and two blocks of 8 don't fit.
+        wide = width == 128 or (width == 80 and not splice and sm < 90)
+        return AttentionConfig(128, 64, 8, 1) if wide else AttentionConfig(64, 64, 4, 1)
     if sm >= 90:
         if width == 80:
             return AttentionConfig(64, 64, 4, 2)

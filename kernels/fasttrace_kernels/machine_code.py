@@ -103,7 +103,7 @@ def _attention(
 ) -> Case:
     short = all_keys_at_once(sm, _DTYPES[dtype], size, keys, maps=maps)
     text = keys == 77
-    config = attention_config(sm, _DTYPES[dtype], size, short=short)
+    config = attention_config(sm, _DTYPES[dtype], size, short=short, splice=splice)
     d1, d2 = padded(size) if pad else split(size)
     block_n, tail_n = split(keys) if short else (config.block_n, 0)
     data = ("out_ptr", "query_ptr", "key_ptr", "value_ptr")

@@ -281,7 +281,7 @@ def _launch(
     sm = architecture(query.device)
     short = all_keys_at_once(sm, query.dtype, size, keys, maps=maps is not None)
     if config is None:
-        config = attention_config(sm, query.dtype, size, short=short)
+        config = attention_config(sm, query.dtype, size, short=short, splice=index is not None)
     d1, d2 = split(size)
     block_n, tail_n = split(keys) if short else (config.block_n, 0)
     query = query if query.stride(3) == 1 else query.contiguous()

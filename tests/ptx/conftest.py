@@ -7,9 +7,10 @@ memory between threads of a block, how long anything takes, and what a GPU leave
 order of a sum within `mma`. What a warp does together is refused where threads have parted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+from torch import Tensor
 
 from fasttrace_kernels.patch_attention import launch
 
@@ -24,10 +25,17 @@ def compiler() -> Iterator[Compiler]:
     compiler.close()
 
 
+def poisoned(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *given: empty(*given).fill_(float("nan"))
+
+
 @pytest.fixture
 def fused(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> Attention:
-    """patch_attention's launchers, which take the CPU for an sm_80."""
+    """patch_attention's launchers, which take the CPU for an sm_80; results were NaN before."""
     kernel = EmulatedKernel(compiler, KERNEL)
-    monkeypatch.setitem(launch.__globals__, "patch_attention_kernel", kernel)
-    monkeypatch.setitem(launch.__globals__, "architecture", lambda device: 80)
+    names = launch.__globals__
+    monkeypatch.setitem(names, "patch_attention_kernel", kernel)
+    monkeypatch.setitem(names, "architecture", lambda device: 80)
+    for name in ("_empty_like", "_empty_maps"):
+        monkeypatch.setitem(names, name, poisoned(names[name]))
     return Attention(kernel)

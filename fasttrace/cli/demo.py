@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from dataclasses import asdict
 from importlib.resources import as_file, files
@@ -132,6 +133,7 @@ def erase(out: Path, quiet: bool) -> tuple[Path, list[Judged]]:
     from fasttrace import Editor, load, load_edit
     from fasttrace.cli.judging import default_probes, judge_edits
     from fasttrace.edit.export import MANIFEST
+    from fasttrace.report.edit_manifest import Origin
     from fasttrace.report.edits import write_edits_report
     from fasttrace.report.html import EDITS as FOLDER
     from fasttrace.report.judged import judge
@@ -144,9 +146,15 @@ def erase(out: Path, quiet: bool) -> tuple[Path, list[Judged]]:
             stay = _others(attribute, [old for old, _ in pairs])
             editor.edit(pairs, preserve=stay, **SETTINGS[attribute]).save(place)
         edits[name] = load_edit(place)
-    rows = judge_edits(pipe, edits, out / FOLDER, default_probes("embedded"), [0], quiet=quiet)
-    page = write_edits_report(out / FOLDER, {name: e.manifest for name, e in edits.items()})
-    return page, judge(rows)
+    asked = default_probes("embedded")
+    judging = judge_edits(pipe, edits, out / FOLDER, asked, [0], quiet=quiet)
+    origin = Origin(
+        shlex.join(["fasttrace", "demo", "--out", str(out)]),
+        {"model": "embedded", **judging.settings, "captions": "those that come with fasttrace"},
+        {name: str(out / FOLDER / name) for name in edits},
+    )
+    manifests = {name: e.manifest for name, e in edits.items()}
+    return write_edits_report(out / FOLDER, manifests, origin=origin), judge(judging.rows)
 
 
 def _others(attribute: str, edited: list[str]) -> list[str]:

@@ -10,43 +10,42 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fasttrace.cli.options import Json, Quiet, check_text, parse_words
+from fasttrace.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Lam,
+    Model,
+    NewFolder,
+    Pair,
+    Pairs,
+    Preserve,
+    Quiet,
+    Template,
+    Tokens,
+    check_text,
+    parse_words,
+)
 from fasttrace.errors import UsageError
 
 if TYPE_CHECKING:
     from fasttrace.edit.phrases import Replacement
 
 NAME = "edit"
-Pair = Annotated[
-    list[str] | None, typer.Option(help="A phrase and its new meaning; repeatable.", metavar="A=B")
-]
-Method = Annotated[
-    str | None, typer.Option(help="diffquickfix, mlp, uce, time or locoedit; by the site.")
-]
-Site = Annotated[
-    list[str] | None,
-    typer.Option("--site", help="What to edit: names or globs; repeatable.", metavar="NAME"),
-]
-Lam = Annotated[float | None, typer.Option(help="Weight of the change's own size.")]
-Template = Annotated[
-    list[str] | None,
-    typer.Option(help="A sentence with {} for the phrase; repeatable.", metavar="TEXT"),
-]
-Tokens = Annotated[str | None, typer.Option(help="last, last_to_end or aligned.")]
-Preserve = Annotated[
-    list[str] | None, typer.Option(help="A phrase that is to stay; repeatable.", metavar="TEXT")
-]
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="'embedded', a pipeline's folder, or a hub id.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.", metavar="DIR")],
+    model: Model,
+    out: NewFolder,
     pair: Pair = None,
-    pairs: Annotated[
-        Path | None, typer.Option(help="A file of pairs instead.", metavar="FILE")
+    pairs: Pairs = None,
+    method: Annotated[
+        str | None, typer.Option(help="diffquickfix, mlp, uce, time or locoedit; by the site.")
     ] = None,
-    method: Method = None,
-    site: Site = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option("--site", help="What to edit: names or globs; repeatable.", metavar="NAME"),
+    ] = None,
     lam: Lam = None,
     template: Template = None,
     tokens: Tokens = None,
@@ -61,8 +60,8 @@ def command(
         typer.Option(help="peft, kohya, pipeline; repeatable. By the edit's rank.", metavar="NAME"),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Truncate the LoRA to this rank.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:

@@ -9,7 +9,20 @@ from typing import Annotated
 
 import typer
 
-from fasttrace.cli.options import Json, Quiet, check_text, parse_seeds
+from fasttrace.cli.options import (
+    Attribute,
+    Device,
+    Dtype,
+    Guidance,
+    Json,
+    MetricName,
+    Quiet,
+    Seeds,
+    Steps,
+    check_text,
+    full_command,
+    parse_seeds,
+)
 from fasttrace.errors import ModelError, StoreError, UsageError
 
 NAME = "evaluate"
@@ -18,6 +31,7 @@ LAMS = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 
 
 def command(
+    context: typer.Context,
     directory: Annotated[
         Path, typer.Argument(help="A saved edit, or a folder of several.", metavar="DIR")
     ],
@@ -27,31 +41,29 @@ def command(
     probes: Annotated[
         Path | None, typer.Option(help="Captions to ask with.", metavar="FILE")
     ] = None,
-    attribute: Annotated[
-        list[str] | None,
-        typer.Option(help="What an edited phrase is; repeatable.", metavar="PHRASE=NAME"),
-    ] = None,
-    seeds: Annotated[str, typer.Option(help="0:4 is 0, 1, 2, 3.", metavar="SEEDS")] = "0:2",
-    metric: Annotated[str | None, typer.Option(help="The score.", metavar="NAME")] = None,
-    steps: Annotated[int | None, typer.Option(help="Inference steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    attribute: Attribute = None,
+    seeds: Seeds = "0:2",
+    metric: MetricName = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     path: Annotated[
         bool, typer.Option("--path", help="Also the same edit at other lambdas, as a chart.")
     ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="DIR/evaluation.", metavar="DIR")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Make pictures with and without the edit, score both, write a table and a page.
 
     Asked are captions with the edited phrase (also misspelt and in other words), its neighbours and
-    other attributes. The bundled model's pictures are also judged by its classifiers.
+    other attributes. The bundled model's pictures are also judged by its classifiers. Stop it at
+    any time: the same command goes on where it stopped.
     """
-    from fasttrace.cli.judging import Clock, captions, judge_edits, lines, read_edits
+    from fasttrace.cli.judging import Clock, captions, folders_of, judge_edits, lines, read_edits
     from fasttrace.cli.sweep import quiet_libraries
 
     clock = Clock()
@@ -69,6 +81,7 @@ def command(
     quiet_libraries()
     from fasttrace import load
     from fasttrace.edit.editor import again
+    from fasttrace.report.edit_manifest import Origin
     from fasttrace.report.edits import PathPoint, write_edits_report
     from fasttrace.report.judged import judge
 
@@ -81,7 +94,7 @@ def command(
         hint = "" if model else " It is what the edit names; say where it lies with --model."
         raise ModelError(f"{error}{hint}") from error
     asked = captions(pipe, probes)
-    rows = judge_edits(
+    judging = judge_edits(
         pipe,
         edits,
         target,
@@ -109,17 +122,24 @@ def command(
             sampling={"steps": steps, "guidance": guidance},
             quiet=quiet,
         )
-        points = [PathPoint(lam, found) for lam, found in zip(LAMS, judge(chart), strict=True)]
+        points = [PathPoint(lam, found) for lam, found in zip(LAMS, judge(chart.rows), strict=True)]
     manifests = {name: edit.manifest for name, edit in edits.items()}
-    page = write_edits_report(target, manifests, path=points)
-    judged = judge(rows)
+    used = judging.settings
+    shown = {name: used[name] for name in ("seeds", "steps", "guidance", "metric")}
+    origin = Origin(
+        full_command(context, model=base, **shown),
+        {"model": base, **used, "captions": str(probes or "those that come with fasttrace")},
+        {name: str(folder) for name, folder in folders_of(directory, edits).items()},
+    )
+    page = write_edits_report(target, manifests, path=points, origin=origin)
+    judged = judge(judging.rows)
     if as_json:
         print(
             json.dumps(
                 {
                     "out": str(target),
                     "report": str(page),
-                    "pictures": 2 * len(rows),
+                    "pictures": 2 * len(judging.rows),
                     "seconds": clock.seconds,
                     "edits": [asdict(one) for one in judged],
                 }

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fasttrace.cli.progress import progress
+from fasttrace.cli.progress import note, progress
 from fasttrace.errors import StoreError, UsageError
 from fasttrace.types import Judgement, Probe
 
 if TYPE_CHECKING:
     from fasttrace.edit.edit import Edit
     from fasttrace.metrics.attribute import Classifier
-    from fasttrace.report.judged import Figure, Judged
+    from fasttrace.report.judged import Judged
+    from fasttrace.store.evaluation import Evaluation
 
-PICTURES = "pictures"
+HASHES = ("format", "weights", "scheduler", "classifiers", "prompts")  # of an evaluation's question
 
 
 def default_probes(model: str) -> list[Probe]:
@@ -45,6 +47,14 @@ def kinds_of(classifier: Classifier | None, given: Mapping[str, str]) -> dict[st
     return {name: kind for kind, names in classes.items() for name in names} | dict(given)
 
 
+@dataclass(frozen=True)
+class Judging:
+    """What was judged: the table's rows, and how, by the names of the options."""
+
+    rows: list[Judgement]
+    settings: dict[str, str]
+
+
 def judge_edits(
     pipe: Any,
     edits: Mapping[str, Edit],
@@ -56,13 +66,14 @@ def judge_edits(
     metric: str | None = None,
     sampling: Mapping[str, Any] | None = None,
     quiet: bool = False,
-) -> list[Judgement]:
-    """Judge edits of `pipe`; writes the table and its pictures into `out`."""
-    from fasttrace.edit.evaluate import Evaluator, Subject
+) -> Judging:
+    """Judge edits of `pipe`; writes the table and its pictures into `out`.
+
+    Goes on where the same question was stopped; another one begins anew, and says so.
+    """
+    from fasttrace.edit.evaluate import SAMPLING, Evaluator, Subject
     from fasttrace.edit.questions import build_questions
-    from fasttrace.store.disk import disk_errors
-    from fasttrace.store.judgements import write_judgements
-    from fasttrace.store.pictures import save_picture
+    from fasttrace.store.evaluation import Evaluation
 
     evaluator = Evaluator.of(pipe, metric, **dict(sampling or {}))
     known = kinds_of(evaluator.classifier, attributes or {})
@@ -73,32 +84,63 @@ def judge_edits(
         if not asked:
             raise UsageError(f"No question fits the edit '{name}'; give other --probes.")
         subjects.append(Subject(name, edit, tuple(asked)))
-    with disk_errors(out):
-        (out / PICTURES).mkdir(parents=True, exist_ok=True)
-    rows: list[Judgement] = []
-    edited = sum(len({q.prompt for q in s.questions}) for s in subjects)
-    total = len(seeds) * (edited + len({q.prompt for s in subjects for q in s.questions}))
-    with progress(total, quiet, words=("judging", "pictures")) as advance:
-        done = 0
+    with Evaluation.open(out, evaluator.question(subjects, seeds)) as evaluation:
+        left, whole = (evaluator.left(subjects, seeds, d) for d in (evaluation.done, ()))
+        if not quiet:
+            _announce(out, evaluation, left, whole)
+        with progress(left, quiet, words=("judging", "pictures")) as advance:
+            done = 0
 
-        def made(now: int, _total: int) -> None:
-            nonlocal done
-            for _ in range(now - done):
-                advance()
-            done = now
+            def made(now: int, _total: int) -> None:
+                nonlocal done
+                for _ in range(now - done):
+                    advance()
+                done = now
 
-        for found, pictures in evaluator.judge(subjects, seeds, made):
-            rows += found
-            for name, picture in pictures.items():
-                save_picture(out / PICTURES, name, picture)
-    # As asked, not as pictures came.
-    places: dict[tuple[str, str, str], int] = {
-        (s.name, q.role, q.prompt): i
-        for i, (s, q) in enumerate((s, q) for s in subjects for q in s.questions)
-    }
-    rows.sort(key=lambda row: (places[row.edit, row.role, row.prompt], row.seed))
-    write_judgements(out, rows)
-    return rows
+            for found, pictures in evaluator.judge(subjects, seeds, made, evaluation.done):
+                evaluation.add(found, pictures)
+        # As asked, not as pictures came.
+        places: dict[tuple[str, str, str], int] = {
+            (s.name, q.role, q.prompt): i
+            for i, (s, q) in enumerate((s, q) for s in subjects for q in s.questions)
+        }
+        rows = sorted(
+            evaluation.rows, key=lambda row: (places[row.edit, row.role, row.prompt], row.seed)
+        )
+        evaluation.finish(rows)
+    settings = {"seeds": ",".join(map(str, seeds))}
+    settings |= {name: f"{getattr(evaluator.sampling, name):g}" for name in SAMPLING}
+    dtype = str(evaluator.model.dtype).removeprefix("torch.")
+    settings |= {"metric": evaluator.metric.key, "dtype": dtype}
+    return Judging(rows, settings)
+
+
+def _announce(out: Path, evaluation: Evaluation, left: int, whole: int) -> None:
+    """What is there already, or why it isn't taken."""
+    changed = evaluation.begun_anew
+    if changed:
+        words = ", ".join(_in_words(name, *values) for name, values in changed.items())
+        note(f"{out} holds an evaluation of another question ({words}): judging anew.")
+    elif evaluation.done:
+        # Of a batch that was not judged whole every picture is made again.
+        there = len(evaluation.done)
+        note(f"{out}: going on, {there} judged already; {left} of {whole} pictures left to make.")
+
+
+def _in_words(name: str, before: Any, now: Any) -> str:
+    """ "steps 20, now 4"; hashes say nothing to a reader."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        same = before.keys() == now.keys()
+        return f"other {name}" if same else f"{name} {', '.join(before)}, now {', '.join(now)}"
+    if name in HASHES or before is None or now is None:
+        return f"other {name}"
+    return f"{name} {_short(before)}, now {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        value = ", ".join(str(v) for v in value if v != "")
+    return str(value) if len(str(value)) <= 60 else f"{str(value)[:57]}..."
 
 
 def read_edits(folder: Path) -> dict[str, Edit]:
@@ -113,12 +155,22 @@ def read_edits(folder: Path) -> dict[str, Edit]:
     return {path.parent.name: load_edit(path.parent) for path in inside}
 
 
+def folders_of(folder: Path, edits: Iterable[str]) -> dict[str, Path]:
+    """Where each of the edits that `read_edits` found lies."""
+    from fasttrace.edit.export import MANIFEST
+
+    alone = (folder / MANIFEST).is_file()
+    return {name: folder if alone else folder / name for name in edits}
+
+
 def lines(judged: Sequence[Judged]) -> list[str]:
     """A few words of each edit, for a terminal."""
+    from fasttrace.report.edit_words import interval, share
+
     found = []
     for one in judged:
         shares = [
-            f"{name.upper()} {percent(figure)}"
+            f"{name.upper()} {share(figure.value)} {bracketed(interval(figure, '%'))}"
             for name, figure in (("ua", one.ua), ("ira", one.ira), ("cra", one.cra))
             if figure is not None
         ]
@@ -132,10 +184,9 @@ def lines(judged: Sequence[Judged]) -> list[str]:
     return found
 
 
-def percent(figure: Figure) -> str:
-    if figure.low is None or figure.high is None:
-        return f"{figure.value:.0f} % (n = {figure.pictures}, no interval)"
-    return f"{figure.value:.0f} % [{figure.low:.0f}, {figure.high:.0f}]"
+def bracketed(text: str) -> str:
+    """An interval as it is, "n = 3 prompts, no interval" in brackets."""
+    return text if text.startswith("[") else f"({text})"
 
 
 class Clock:

@@ -10,8 +10,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fasttrace.cli.edit import Lam, Pair, Preserve, Template, Tokens, given, read_replacements
-from fasttrace.cli.options import Json, Quiet, check_text, parse_seeds
+from fasttrace.cli.edit import given, read_replacements
+from fasttrace.cli.options import (
+    Attribute,
+    Device,
+    Dtype,
+    Guidance,
+    Json,
+    Lam,
+    MetricName,
+    Model,
+    NewFolder,
+    Pair,
+    Pairs,
+    Preserve,
+    Quiet,
+    Seeds,
+    Steps,
+    Template,
+    Tokens,
+    check_text,
+    full_command,
+    parse_seeds,
+)
 from fasttrace.errors import StoreError, UsageError
 from fasttrace.types import Corruption, Probe
 
@@ -26,19 +47,14 @@ BEFORE, AFTER, EDIT, EVALUATION = "before", "after", "edit", "evaluation"
 
 def command(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="'embedded', a pipeline's folder, or a hub id.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.", metavar="DIR")],
+    model: Model,
+    out: NewFolder,
     pair: Pair = None,
-    pairs: Annotated[
-        Path | None, typer.Option(help="A file of pairs instead.", metavar="FILE")
-    ] = None,
+    pairs: Pairs = None,
     probes: Annotated[
         Path | None, typer.Option(help="Captions to trace and ask with.", metavar="FILE")
     ] = None,
-    attribute: Annotated[
-        list[str] | None,
-        typer.Option(help="What a phrase is; repeatable.", metavar="PHRASE=NAME"),
-    ] = None,
+    attribute: Attribute = None,
     component: Annotated[
         list[str] | None,
         typer.Option("--component", help="text_encoder, unet or all.", metavar="NAME"),
@@ -47,12 +63,12 @@ def command(
     template: Template = None,
     tokens: Tokens = None,
     preserve: Preserve = None,
-    seeds: Annotated[str, typer.Option(help="0:4 is 0, 1, 2, 3.", metavar="SEEDS")] = "0",
-    metric: Annotated[str | None, typer.Option(help="The score.", metavar="NAME")] = None,
-    steps: Annotated[int | None, typer.Option(help="Inference steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    seeds: Seeds = "0",
+    metric: MetricName = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -74,9 +90,10 @@ def command(
     components = parse_components(component or ["all"])
     quiet_libraries()
     from fasttrace import Editor, load, load_edit
-    from fasttrace.adapters.pipeline import Model
+    from fasttrace.adapters.pipeline import Model as Adapted
     from fasttrace.edit.export import MANIFEST
     from fasttrace.metrics.registry import DEFAULT, Metrics
+    from fasttrace.report.edit_manifest import Origin
     from fasttrace.report.edits import write_edits_report
     from fasttrace.report.judged import judge
     from fasttrace.report.result import Result
@@ -85,7 +102,7 @@ def command(
 
     pipe = load(check_text("MODEL", model), dtype=dtype, device=device)
     asking = captions(pipe, probes)
-    classifier = Metrics(Model(pipe)).classifier()
+    classifier = Metrics(Adapted(pipe)).classifier()
     traced = probes_of([r.old for r in asked], asking, kinds_of(classifier, kinds))
     request = Request(
         model=model,
@@ -124,11 +141,12 @@ def command(
             **given(templates=template, preserve=preserve),
         )
         edit.save(out / EDIT, pipe=pipe)
+        edit = load_edit(out / EDIT)  # as a second call reads it: so both ask the same question
     if not quiet:
         print(f"Most causal of what can be edited: {best.site} ({_share(best)}). {edit}")
     run(replace(request, out=out / AFTER, edit=out / EDIT))
     after = Result.open(out / AFTER)
-    rows = judge_edits(
+    judging = judge_edits(
         pipe,
         {EDIT: edit},
         out / EVALUATION,
@@ -139,8 +157,17 @@ def command(
         sampling={"steps": steps, "guidance": guidance},
         quiet=quiet,
     )
-    page = write_edits_report(out / EVALUATION, {EDIT: edit.manifest}, before=before, after=after)
-    judged = judge(rows)
+    used = judging.settings
+    shown = {name: used[name] for name in ("seeds", "steps", "guidance")}
+    origin = Origin(
+        full_command(context, **shown),
+        {"model": model, **used, "captions": str(probes or "those that come with fasttrace")},
+        {EDIT: str(out / EDIT)},
+    )
+    page = write_edits_report(
+        out / EVALUATION, {EDIT: edit.manifest}, before=before, after=after, origin=origin
+    )
+    judged = judge(judging.rows)
     sites = compare(before, after, [best.site]).sites
     changes = [change for change in sites if change.before.selector == best.selector]
     if as_json:

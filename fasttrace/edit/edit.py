@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,8 +73,7 @@ class Edit:
 
     def __str__(self) -> str:
         m = self.manifest
-        pairs = [f"{p['old']} -> {' + '.join(p['new']) or '(nothing)'}" for p in self.pairs]
-        shown = ", ".join(pairs[:3]) + (f" and {len(pairs) - 3} more" if len(pairs) > 3 else "")
+        shown = _in_words(self.pairs)
         number = len(self.changes)
         matrices = "1 matrix" if number == 1 else f"{number} matrices"
         return (
@@ -152,12 +151,19 @@ class Edit:
         other = [f"first: {m.name}" for m in matrices if tensor_digest(m.weight) != base[m.name]]
         if self.manifest["encoders"] != encoders:  # SDXL's first encoder is that of SD 1.x
             other.append(f"a pipeline with text encoders: {self.manifest['encoders']}")
-        if other:
-            raise ModelError(
-                f"The edit was made on other weights than these ({other[0]}); on this model "
-                "it is not the same edit. Load the base model it names"
-                f" ({self.manifest['model']}), or force it."
+        if not other:
+            return
+        remedy = f"Load the base model it names ({self.manifest['model']}), or force it."
+        if self.manifest["after"]:
+            below = "; ".join(_in_words(m["pairs"]) for m in self.manifest["after"])
+            remedy = (
+                f"It holds what it was made on top of as well ({below}), so it goes onto the "
+                f"unedited model: where that is applied here, revert it first. Else: {remedy}"
             )
+        raise ModelError(
+            f"The edit was made on other weights than these ({other[0]}); on this model it is not "
+            f"the same edit. {remedy}"
+        )
 
     def _write(self, matrix: Matrix) -> _Undo:
         weight = matrix.module.weight
@@ -166,6 +172,12 @@ class Edit:
         with torch.no_grad():
             weight.copy_(new)
         return _Undo(matrix, before, weight._version, tensor_digest(new))
+
+
+def _in_words(pairs: Sequence[Mapping[str, Any]]) -> str:
+    """The first three, and how many more."""
+    words = [f"{p['old']} -> {' + '.join(p['new']) or '(nothing)'}" for p in pairs]
+    return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
 
 
 def edited(weight: Tensor, change: Change) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from fasttrace.adapters.fingerprint import tensor_digest
 from fasttrace.adapters.pipeline import Model
 from fasttrace.adapters.scope import scope
+from fasttrace.edit.checks import parse_number, parse_positive, parse_texts
 from fasttrace.edit.edit import Edit
 from fasttrace.edit.inputs import Read, read_embedding, read_text
 from fasttrace.edit.matrices import Matrix, encoder_of, find_sites, matrices_at
@@ -30,7 +31,8 @@ from fasttrace.plan.build import software
 from fasttrace.plan.options import parse_choice
 
 SCHEMA = 1
-_PRESERVE = "preserve is a list of phrases, such as ['monet', 'a dog']."
+_PRESERVE = "preserve is a list of phrases, such as ['monet', 'a dog']"
+_MOST_WEIGHT = 1e12
 Pairs = Sequence[tuple[str, str] | Replacement]
 
 
@@ -78,10 +80,11 @@ class Editor:
 
     def path(self, pairs: Pairs, lams: Sequence[float | None], **options: Any) -> list[Edit]:
         """`edit` for several lambdas, which cost one decomposition."""
-        if not lams:
+        numbers = _list_of(lams, "lams is a list of numbers, such as [0.01, 0.1]")
+        if not numbers:
             raise UsageError("lams is empty; give at least one.")
         _check_names(options)
-        [found] = self._edits([pairs], lams, **options)
+        [found] = self._edits([pairs], numbers, **options)
         return found
 
     def edit_each(
@@ -89,7 +92,12 @@ class Editor:
     ) -> list[Edit]:
         """Independent edits, one for each list of pairs, solved in one batch."""
         _check_names(options)
-        return [found[0] for found in self._edits(lists, [lam], **options)]
+        each = _list_of(
+            lists,
+            "edit_each takes a list of lists of pairs, such as "
+            '[[("van gogh", "painting")], [("a dog", "a cat")]]',
+        )
+        return [found[0] for found in self._edits(each, [lam], **options)]
 
     def _edits(
         self,
@@ -116,15 +124,19 @@ class Editor:
             parse_templates(chosen.templates if templates is None else templates),
             tokens or chosen.tokens,
             bias,
-            _phrases(preserve),
-            _weight(preserve_weight),
+            tuple(dict.fromkeys(parse_texts(preserve, _PRESERVE))),
+            parse_positive(preserve_weight, "preserve_weight", _MOST_WEIGHT),
         )
-        if bias not in BIASES:
+        if not isinstance(bias, str) or bias not in BIASES:
             raise UsageError(f"bias is {bias!r}; expected {' or '.join(BIASES)}.")
-        if bias == "as_released" and preserve:
+        if bias == "as_released" and task.preserve:
             raise UsageError("bias='as_released' is the released method, which preserves nothing.")
+        if after is not None and not isinstance(after, Edit):
+            raise UsageError(
+                f"after is {after!r}; expected an Edit (fasttrace.load_edit reads a saved one)."
+            )
         parsed = [parse_replacements(pairs, empty_new=not chosen.of_text) for pairs in lists]
-        numbers = [chosen.lam if lam is None else lam for lam in lams]
+        numbers = [chosen.lam if lam is None else parse_number(lam, "lam") for lam in lams]
         before = {m.name: tensor_digest(m.weight) for m in task.matrices}
         with nullcontext() if after is None else after.applied(model.pipe), scope(model.pipe):
             solved = task.solve(model, parsed, numbers)
@@ -149,6 +161,7 @@ class Editor:
             "schema": SCHEMA,
             "model": self.model.name,
             "encoders": len(self.model.encoders),
+            "lora": self.model.family.loads_lora,
             "method": task.method.name,
             "source": task.method.source,
             "sites": list(dict.fromkeys(m.site.name for m in task.matrices)),
@@ -273,16 +286,7 @@ def _check_names(given: Mapping[str, Any]) -> None:
         parse_choice(name, known, "argument")
 
 
-def _phrases(preserve: Sequence[str]) -> tuple[str, ...]:
-    if not isinstance(preserve, Iterable) or isinstance(preserve, str):
-        raise UsageError(_PRESERVE)
-    found = tuple(dict.fromkeys(preserve))
-    if not all(isinstance(p, str) for p in found):
-        raise UsageError(_PRESERVE)
-    return found
-
-
-def _weight(value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-        raise UsageError(f"preserve_weight is {value!r}; it has to be a number above 0.")
-    return float(value)
+def _list_of(given: Any, expected: str) -> list[Any]:
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise UsageError(f"{expected}; not {given!r}.")
+    return list(given)

@@ -10,12 +10,15 @@ README.md            the model card
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,10 +34,11 @@ from fasttrace.edit.edit import Edit
 from fasttrace.edit.factors import Factors, factorise
 from fasttrace.edit.solver import Change
 from fasttrace.errors import StoreError, UsageError
-from fasttrace.store.disk import OURS, disk_errors
+from fasttrace.store.disk import EDIT, OURS, disk_errors, read_errors
 
 FORMS = ("peft", "kohya", "pipeline")
 MANIFEST, FACTORS, CARD = "edit.json", "edit.safetensors", "README.md"
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
 _PEFT_SIDES = (("down", "lora_A"), ("up", "lora_B"))
 PEFT, KOHYA, PIPELINE = "pytorch_lora_weights.safetensors", "kohya.safetensors", "pipeline"
 
@@ -95,13 +99,13 @@ def save(
     size and `pipe` is given, the pipeline. rank: truncate the LoRA. pipe: unedited, for "pipeline".
     Raises `UsageError` for a wrong call, `StoreError` where the folder exists or can't be written.
     """
-    folder = Path(folder)
+    folder = _folder(folder)
     factors = {name: factorise(change, _rank(rank)) for name, change in edit.changes.items()}
     if rank is not None:  # what is left of it is what is saved, in every form
         left = {name: Change(f.up, f.down) for name, f in factors.items()}
         edit = Edit(left, edit.manifest)
     chosen = _forms(edit, forms, rank, factors, pipe)
-    with disk_errors(folder):
+    with _writing(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise StoreError(f"{folder} is there already; choose a new folder for the edit.")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -117,10 +121,25 @@ def save(
     return folder
 
 
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """safetensors has an error of its own for what the system refuses."""
+    with disk_errors(folder, EDIT):
+        try:
+            yield
+        except SafetensorError as error:
+            refused = next((e for e in _REFUSALS if os.strerror(e) in str(error)), None)
+            if refused is None:
+                raise StoreError(
+                    f"{EDIT.what}{folder} could not be written ({error}); {EDIT.kept}."
+                ) from error
+            raise OSError(refused, os.strerror(refused)) from error
+
+
 def read_written(folder: str | Path) -> Written:
     """What `save` said of itself. Raises `StoreError` where there is no edit or a damaged one."""
-    folder = Path(folder)
-    with disk_errors(folder):
+    folder = _folder(folder)
+    with read_errors(folder):
         if not (folder / MANIFEST).is_file():
             raise StoreError(f"{folder} holds no edit: there is no {MANIFEST} in it.")
         text = (folder / MANIFEST).read_bytes()
@@ -134,7 +153,7 @@ def read_written(folder: str | Path) -> Written:
 
 def load_edit(folder: str | Path) -> Edit:
     """What `save` wrote. Raises `StoreError` for anything else."""
-    folder = Path(folder)
+    folder = _folder(folder)
     written = read_written(folder)
     try:
         with safe_open(folder / FACTORS, "pt") as file:
@@ -229,10 +248,18 @@ def _single(tensor: Tensor) -> Tensor:
     return tensor.float().cpu().contiguous()
 
 
-def _rank(rank: int | None) -> int | None:
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+def _folder(folder: Any) -> Path:
+    if not isinstance(folder, str | os.PathLike):
+        raise UsageError(f"The folder of an edit is a path, such as 'no-dogs'; not {folder!r}.")
+    return Path(folder)
+
+
+def _rank(rank: Any) -> int | None:
+    if rank is None:
+        return None
+    if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
         raise UsageError(f"rank is {rank!r}; it has to be a whole number above 0.")
-    return rank
+    return int(rank)
 
 
 def _forms(
@@ -242,11 +269,18 @@ def _forms(
     factors: Mapping[str, Factors],
     pipe: Any,
 ) -> list[str]:
+    if not edit.manifest.get("lora", True):
+        if pipe is None or {"peft", "kohya"} & set(forms or ()):
+            raise UsageError(
+                "diffusers loads no LoRA into this kind of pipeline, so an edit of it is saved as "
+                "a whole: give pipe=, the unedited pipeline, and forms=['pipeline'] or none."
+            )
+        return ["pipeline"]
     if forms is None:
         full = is_full(factors) and rank is None and pipe is not None
         return ["pipeline"] if full else ["peft", "kohya"]
-    unknown = [form for form in forms if form not in FORMS]
-    if unknown or not forms or isinstance(forms, str):
+    several = isinstance(forms, list | tuple | set | frozenset)
+    if not several or not forms or any(form not in FORMS for form in forms):
         raise UsageError(f"forms is {forms!r}; expected some of {', '.join(FORMS)}.")
     if "pipeline" in forms and pipe is None:
         raise UsageError("The form 'pipeline' needs pipe=, the unedited pipeline it was made on.")

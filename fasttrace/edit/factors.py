@@ -29,7 +29,7 @@ class Factors:
 def factorise(change: Change, most: int | None = None) -> Factors:
     """The best approximation of rank `most`; all of the change where not given."""
     left, right = change.left, change.right
-    if left.shape[-1] <= min(left.shape[-2], right.shape[-1]):
+    if not change.whole and left.shape[-1] <= min(left.shape[-2], right.shape[-1]):
         q, middle = torch.linalg.qr(left)
         p, other = torch.linalg.qr(right.mT)
         u, values, v = torch.linalg.svd(middle @ other.mT, full_matrices=False)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fasttrace.adapters.pipeline import Model
+from fasttrace.adapters.pipeline import Model, Start
 from fasttrace.adapters.scope import scope
-from fasttrace.adapters.text import Text, encode_cond
+from fasttrace.adapters.text import Text
 from fasttrace.edit.edit import Edit
 from fasttrace.engine.base import CLEAN, CORRUPT, Engine, Pair
 from fasttrace.errors import UsageError
@@ -45,12 +45,17 @@ def generate(
     Edits of text encoders share batches and touch no weight; an edit of the UNet is applied while
     its own orders run.
     """
-    by_text = [i for i, order in enumerate(orders) if not _of_unet(order.edit)]
+    by_text = [i for i, order in enumerate(orders) if not of_unet(order.edit)]
     yield from _run(model, engine, orders, by_text, sampling)
+    by_unet: dict[int, list[int]] = {}
     for i, order in enumerate(orders):
-        if order.edit is not None and _of_unet(order.edit):
-            with order.edit.applied(model.pipe):
-                yield from _run(model, engine, orders, [i], sampling)
+        if of_unet(order.edit):
+            by_unet.setdefault(id(order.edit), []).append(i)
+    for numbers in by_unet.values():
+        edit = orders[numbers[0]].edit
+        assert edit is not None
+        with edit.applied(model.pipe):
+            yield from _run(model, engine, orders, numbers, sampling)
 
 
 @contextmanager
@@ -63,41 +68,43 @@ def felt(model: Model, edit: Edit | None) -> Iterator[None]:
         for matrix in [] if edit is None else edit.matrices(model):
             assert edit is not None
             module, change = matrix.module, edit.changes[matrix.name]
-            left, right = (t.to(module.weight) for t in (change.left, change.right))
-            handle = module.register_forward_hook(_adding(left, right))
+            sides = (change.left,) if change.whole else (change.right, change.left)
+            handle = module.register_forward_hook(_adding([s.to(module.weight) for s in sides]))
             stack.callback(handle.remove)
         yield
 
 
-def _adding(left: Tensor, right: Tensor) -> Any:
+def _adding(sides: Sequence[Tensor]) -> Any:
     def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + linear(linear(args[0], right), left)
+        moved = args[0]
+        for side in sides:
+            moved = linear(moved, side)
+        return output + moved
 
     return hook
 
 
 def encode(
-    model: Model, prompts: Sequence[str], edit: Edit | None, sampling: Sampling
+    model: Model,
+    prompts: Sequence[str],
+    edit: Edit | None,
+    sampling: Sampling,
+    begin: Start | None = None,
 ) -> list[Text]:
-    """What the denoiser reads of each prompt under an edit of the text encoders."""
+    """What the denoiser reads of each prompt under an edit of the text encoders.
+
+    begin: where the runs begin, which a prior's image embedding depends on.
+    """
     texts: list[Text] = []
-    with nullcontext() if edit is None or _of_unet(edit) else felt(model, edit):
-        first = model.text(prompts[0], "", model.guided(sampling))
+    with nullcontext() if edit is None or of_unet(edit) else felt(model, edit):
+        first = model.text(prompts[0], "", model.guided(sampling), begin)
         for start in range(0, len(prompts), AT_ONCE):
             part = list(prompts[start : start + AT_ONCE])
-            cond, pooled = encode_cond(model.pipe, part, model.device)
-            texts += [
-                replace(
-                    first,
-                    cond=cond[i : i + 1],
-                    pooled=None if pooled is None else pooled[i : i + 1],
-                )
-                for i in range(len(part))
-            ]
+            texts += model.encode(part, first)
     return texts
 
 
-def _of_unet(edit: Edit | None) -> bool:
+def of_unet(edit: Edit | None) -> bool:
     return edit is not None and any(name.startswith("unet.") for name in edit.changes)
 
 
@@ -136,7 +143,8 @@ def _run(
 def _pair(model: Model, order: Order, sampling: Sampling) -> Pair:
     if not order.prompts:
         raise UsageError("There is no prompt to make a picture of.")
-    texts = encode(model, order.prompts, order.edit, sampling)
+    begin = model.start(sampling, order.seed)
+    texts = encode(model, order.prompts, order.edit, sampling, begin)
     first, second, rest = texts[0], texts[min(1, len(texts) - 1)], texts[2:]
 
     def of_lanes(lanes: Sequence[Lane]) -> list[Text]:
@@ -145,7 +153,7 @@ def _pair(model: Model, order: Order, sampling: Sampling) -> Pair:
     return Pair(
         texts={CLEAN: first, CORRUPT: second},
         base=CLEAN,
-        start=model.start(sampling, order.seed),
+        start=begin,
         sampling=sampling,
         lanes=tuple(_Numbered(number=i) for i in range(len(rest))),
         lane_texts=of_lanes,

@@ -15,6 +15,7 @@ from fasttrace.adapters.text import TextEncoder, encode_cond
 from fasttrace.edit.layer_zero import is_layer_zero, read_layer_zero
 from fasttrace.edit.phrases import Fact, Facts
 from fasttrace.edit.solver import Moments
+from fasttrace.errors import ModelError
 
 AT_ONCE = 128  # prompts in one pass
 
@@ -77,12 +78,30 @@ def read_text(
 
 def read_embedding(model: Model, facts: Facts, keep: float) -> Read:
     """The text embedding, which every cross-attention's keys and values are made from."""
-    width = int(model.unet.config.cross_attention_dim)
-    read = Read(width, facts.pairs, model.device)
+    read = Read(_width(model), facts.pairs, model.device)
     for chunk, numbers in _chunks(facts):
         rows, _ = encode_cond(model.pipe, [facts.prompts[n] for n in numbers], model.device)
         read.add(*_pairs(chunk, numbers, rows, keep))
     return read
+
+
+def _width(model: Model) -> int:
+    """Of the text embedding; some configurations give it block by block."""
+    given = model.unet.config.cross_attention_dim
+    widths: list[int] = []
+    left = [given]
+    while left:
+        each = left.pop()
+        if isinstance(each, list | tuple):
+            left += each
+        else:
+            widths.append(int(each))
+    if len(set(widths)) != 1:
+        raise ModelError(
+            f"The UNet's cross-attention has inputs of several widths ({given}), so its keys and "
+            "values can't be edited together: name sites in the text encoder instead."
+        )
+    return widths[0]
 
 
 def _given(encoder: TextEncoder, prompts: list[str], length: int) -> dict[str, Tensor]:
@@ -94,11 +113,12 @@ def _given(encoder: TextEncoder, prompts: list[str], length: int) -> dict[str, T
     given = tokenizer(
         [encoder.convert(prompt) for prompt in prompts],
         padding="max_length",
-        max_length=tokenizer.model_max_length,
+        max_length=encoder.window,
         return_tensors="pt",
     )
+    length = length if encoder.causal else encoder.window
     found: dict[str, Tensor] = {"input_ids": given.input_ids[:, :length].to(device)}
-    if getattr(encoder.module.config, "use_attention_mask", False):
+    if getattr(encoder.module.config, "use_attention_mask", False) or not encoder.causal:
         found["attention_mask"] = given.attention_mask[:, :length].to(device)
     return found
 

@@ -21,6 +21,8 @@ def is_layer_zero(encoder: TextEncoder, modules: Mapping[str, nn.Module]) -> boo
 
     Another class, a mask of the padding or a hook may do otherwise: the encoder itself has to run.
     """
+    if not encoder.causal:
+        return False
     core, layer = encoder.core, encoder.layers[0]
     if [*modules.values()] != [getattr(layer.self_attn, "out_proj", None)]:
         return False

@@ -14,6 +14,7 @@ from fasttrace.adapters.pipeline import Model
 from fasttrace.adapters.selection import select_sites
 from fasttrace.adapters.text import TextEncoder
 from fasttrace.adapters.unet import kind_of
+from fasttrace.edit.checks import parse_texts
 from fasttrace.errors import ModelError, UsageError
 from fasttrace.types import Site
 
@@ -60,7 +61,8 @@ def matrices_at(model: Model, sites: Sequence[Site]) -> list[Matrix]:
         owner = modules[site.name]
         _check_fused(site, owner)
         for part in PARTS[site.kind]:
-            module = getattr(owner, part, None)
+            # XLM-Roberta's sites are linear layers themselves.
+            module = owner if isinstance(owner, nn.Linear) else getattr(owner, part, None)
             name = f"{site.name}.{part}"
             _check_linear(name, module)
             found.append(Matrix(name, site, module))  # type: ignore[arg-type]  # checked
@@ -71,7 +73,8 @@ def matrices_at(model: Model, sites: Sequence[Site]) -> list[Matrix]:
 def find_sites(model: Model, wanted: str | Sequence[str]) -> list[Site]:
     """Sites by name, alias, kind or glob. Raises `UsageError` where nothing matches."""
     text = [s for e in model.encoders for s in e.sites()]
-    words = [wanted] if isinstance(wanted, str) else list(wanted)
+    expected = "site is a site's name, a glob, or a list of these"
+    words = [wanted] if isinstance(wanted, str) else parse_texts(wanted, expected)
     if words and all(word in ("attn", "mlp") or word.startswith("text_encoder") for word in words):
         # Listing the UNet's own takes a forward on meta.
         return select_sites(text, words)

@@ -83,8 +83,8 @@ def parse_method(name: str | None, sites: Sequence[Site]) -> Method:
     if name is None:
         kind = sites[0].kind if sites else "attn"
         name = {"mlp": "mlp", "attn2": "locoedit"}.get(kind, "diffquickfix")
-    if name not in METHODS:
-        raise UsageError(f"There is no method '{name}'; there are {', '.join(METHODS)}.")
+    if not isinstance(name, str) or name not in METHODS:
+        raise UsageError(f"There is no method {name!r}; there are {', '.join(METHODS)}.")
     return METHODS[name]
 
 

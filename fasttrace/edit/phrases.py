@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from fasttrace.adapters.spans import tokenize
 from fasttrace.adapters.text import TextEncoder
+from fasttrace.edit.checks import is_blank, parse_positive, parse_text, parse_texts
 from fasttrace.errors import UsageError
 
 Tokens = Literal["last", "last_to_end", "aligned"]
@@ -73,7 +73,7 @@ def parse_replacements(pairs: Iterable[Any], *, empty_new: bool) -> tuple[Replac
 
     empty_new: whether the empty text is a target.
     """
-    if isinstance(pairs, str | Replacement) or not isinstance(pairs, Iterable):
+    if isinstance(pairs, str | bytes | Replacement) or not isinstance(pairs, Iterable):
         raise UsageError('pairs is a list, such as [("van gogh", "painting")].')
     found = tuple(_replacement(pair) for pair in pairs)
     if not found:
@@ -95,55 +95,66 @@ def _meaning(pair: Replacement) -> tuple[Any, ...]:
 
 
 def _replacement(pair: Any) -> Replacement:
+    """With plain phrases and numbers in it."""
+    given = pair if isinstance(pair, Replacement) else None
     old: Any = None
     new: Any = None
     with suppress(TypeError, ValueError):
-        old, new = (pair.old, pair.new) if isinstance(pair, Replacement) else pair
+        old, new = pair if given is None else (given.old, given.new)
     several = isinstance(new, tuple | list) and all(isinstance(n, str) for n in new)
     if isinstance(pair, str) or not isinstance(old, str) or not (isinstance(new, str) or several):
         raise UsageError(
             f"A pair is two phrases, such as ('van gogh', 'painting'); this is none: {pair!r}."
         )
-    if isinstance(pair, Replacement):
-        return pair
-    return Replacement(old, new if isinstance(new, str) else tuple(new))
+    for phrase in (old, *((new,) if isinstance(new, str) else new)):
+        parse_text(phrase, "A phrase")
+    new = new if isinstance(new, str) else tuple(new)
+    if given is None:
+        return Replacement(old, new)
+    weights: Any = given.weights
+    if weights is not None:
+        if isinstance(weights, str | bytes) or not isinstance(weights, Iterable):
+            raise UsageError(
+                f"The weights of '{old}' are {weights!r}; expected a number for each of its target "
+                "phrases, such as (1, 3)."
+            )
+        weights = tuple(parse_positive(w, f"The weight of '{old}'") for w in weights)
+    return Replacement(
+        old, new, parse_positive(given.strength, f"The strength of '{old}'"), weights
+    )
 
 
 def _check(pair: Replacement, empty_new: bool) -> None:
-    if not _plain(pair.old):
+    if is_blank(pair.old):
         raise UsageError(f"The phrase to edit is empty in the pair {pair.old!r} -> {pair.new!r}.")
     if not pair.news:
         raise UsageError(f"'{pair.old}' is to become nothing; give it at least one phrase.")
     for new in pair.news:
-        if not _plain(new) and not empty_new:
+        if is_blank(new) and not empty_new:
             raise UsageError(
                 f"'{pair.old}' is to become the empty phrase, which has no token to read; give a "
                 "word, such as 'a'."
             )
         if _plain(new) == _plain(pair.old):
             raise UsageError(f"'{pair.old}' is to become itself; give another phrase.")
-    for name, value in (("strength", pair.strength), *(("weight", w) for w in pair.weights or ())):
-        if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise UsageError(f"The {name} of '{pair.old}' is {value!r}; it has to be above 0.")
     if pair.weights is not None and len(pair.weights) != len(pair.news):
         raise UsageError(
             f"'{pair.old}' has {len(pair.news)} target phrases but {len(pair.weights)} weights."
         )
 
 
-def parse_templates(templates: Sequence[str]) -> tuple[str, ...]:
+def parse_templates(templates: Any) -> tuple[str, ...]:
     """Sentences with one {} each. Raises `UsageError`."""
-    if isinstance(templates, str):
-        raise UsageError("templates is a list, such as ['{}', 'a photo of {}'].")
-    for template in templates:
-        if not isinstance(template, str) or template.count("{}") != 1:
+    found = parse_texts(templates, "templates is a list, such as ['{}', 'a photo of {}']")
+    for template in found:
+        if template.count("{}") != 1:
             raise UsageError(
                 f"The template '{template}' needs one {{}} where the phrase goes, such as "
                 "'a photo of {}'."
             )
-    if not templates:
+    if not found:
         raise UsageError("templates is empty; give at least '{}', the phrase alone.")
-    return tuple(dict.fromkeys(templates))
+    return tuple(dict.fromkeys(found))
 
 
 def collect(
@@ -160,14 +171,14 @@ def collect(
     also has, and what follows (Orgad et al., arXiv 2303.08084). Raises `UsageError` for a phrase
     that doesn't fit the text or has no token.
     """
-    if tokens not in TOKENS:
+    if not isinstance(tokens, str) or tokens not in TOKENS:
         raise UsageError(f"tokens is {tokens!r}; expected one of {', '.join(TOKENS)}.")
     found = _Collector(encoder, tokens)
     for pair in pairs:
         for template in templates:
             found.pair(pair, template)
     for phrase in preserve:
-        if not _plain(phrase):
+        if is_blank(phrase):
             raise UsageError("A phrase to preserve is empty.")
         for template in templates:
             found.keep(phrase, template)
@@ -177,7 +188,7 @@ def collect(
 class _Collector:
     def __init__(self, encoder: TextEncoder, tokens: Tokens) -> None:
         self.encoder, self.tokens = encoder, tokens
-        self.window = int(encoder.tokenizer.model_max_length)
+        self.window = encoder.window
         self.prompts: dict[str, int] = {}
         self.facts: list[Fact] = []
         self.places: dict[tuple[str, str], tuple[int, int]] = {}
@@ -223,6 +234,7 @@ class _Collector:
 
     def _whole(self, template: str, phrase: str) -> tuple[int, tuple[int, ...]]:
         prompt = _filled(template, phrase)
+        tokenize(self.encoder.tokenizer, prompt, self.window)  # see `_find`
         return self._number(prompt), self.encoder.tokens(prompt).ids
 
     def _fact(
@@ -247,10 +259,12 @@ class _Collector:
         return self.places[phrase, template]
 
     def _find(self, phrase: str, template: str) -> tuple[int, int]:
-        if not _plain(phrase):
+        if is_blank(phrase):
             return self._number(""), 0
         encoder = self.encoder
         text = _filled(template, phrase)
+        # Before it is converted: a text that is too long makes the pipeline's own way warn.
+        tokenize(encoder.tokenizer, text, encoder.window)
         before, prompt = (encoder.convert(t) for t in (template[: template.index("{}")], text))
         start = len(before)
         stop = start + len(encoder.convert(phrase))
@@ -283,7 +297,7 @@ def _common_tokens(old: Sequence[int], new: Sequence[int]) -> dict[int, int]:
 
 
 def _filled(template: str, phrase: str) -> str:
-    return template.replace("{}", phrase) if _plain(phrase) else ""
+    return "" if is_blank(phrase) else template.replace("{}", phrase)
 
 
 def _plain(phrase: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 _FEW = 4  # pairs that are still typed on a command line
@@ -14,8 +14,19 @@ _LORA = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a page comes from: the whole command that gives it, how was judged, by the options'
+    names, and the folder of each edit, by its name."""
+
+    command: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+    folders: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Made:
-    """settings: name and value; command makes the edit, from `pairs` (a file) where not empty."""
+    """settings: name and value; command makes the edit, from `pairs` (a file) where not empty.
+    check judges it; empty where the page says so itself."""
 
     settings: list[tuple[str, str]]
     hashes: list[tuple[str, str]]  # matrix, sha256 before the edit
@@ -57,7 +68,10 @@ def versions(manifests: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(text for text in found if text))
 
 
-def made(name: str, manifest: Mapping[str, Any]) -> Made:
+def made(
+    name: str, manifest: Mapping[str, Any], seeds: Sequence[int], origin: Origin | None
+) -> Made:
+    folder = name if origin is None else origin.folders.get(name, name)
     base = list(manifest.get("base", {}).items())
     by_hand = _by_hand(manifest)
     model = str(manifest.get("model", "MODEL"))
@@ -66,17 +80,17 @@ def made(name: str, manifest: Mapping[str, Any]) -> Made:
         settings=_settings(manifest),
         hashes=[(str(matrix), str(digest)) for matrix, digest in base[:_SHOWN]],
         more_hashes=max(0, len(base) - _SHOWN),
-        command=_command(name, manifest, by_hand),
+        command=_command(folder, manifest, by_hand),
         pairs="" if by_hand else _pair_file(manifest),
         python=(
             "import fasttrace\n\n"
             f"pipe = fasttrace.load({_literal(model)})\n"
-            f"with fasttrace.load_edit({_literal(name)}).applied(pipe):\n"
+            f"with fasttrace.load_edit({_literal(folder)}).applied(pipe):\n"
             f'    pipe({_literal(old)}).images[0].save("edited.png")\n\n'
             "# where it was saved as a LoRA, without fasttrace:\n"
-            f"pipe.load_lora_weights({_literal(name)}, weight_name={_literal(_LORA)})"
+            f"pipe.load_lora_weights({_literal(folder)}, weight_name={_literal(_LORA)})"
         ),
-        check=shlex.join(["fasttrace", "evaluate", name]),
+        check=_check(folder, seeds) if origin is None else "",
     )
 
 
@@ -121,7 +135,12 @@ def _by_hand(manifest: Mapping[str, Any]) -> bool:
     )
 
 
-def _command(name: str, manifest: Mapping[str, Any], by_hand: bool) -> str:
+def _check(folder: str, seeds: Sequence[int]) -> str:
+    numbers = ",".join(map(str, seeds))
+    return shlex.join(["fasttrace", "evaluate", folder, "--seeds", numbers])
+
+
+def _command(folder: str, manifest: Mapping[str, Any], by_hand: bool) -> str:
     words = ["fasttrace", "edit", str(manifest.get("model", "MODEL"))]
     for old, news in _pairs(manifest) if by_hand else ():
         words += ["--pair", f"{old}={news[0]}"]
@@ -144,7 +163,7 @@ def _command(name: str, manifest: Mapping[str, Any], by_hand: bool) -> str:
         words += ["--after", "EARLIER"]
     if manifest.get("dtype", "float32") != "float32":
         words += ["--dtype", str(manifest["dtype"])]
-    return shlex.join([*words, "--out", name])
+    return shlex.join([*words, "--out", folder])
 
 
 def _pair_file(manifest: Mapping[str, Any]) -> str:

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from fasttrace.errors import StoreError, UsageError
-from fasttrace.report import html
-from fasttrace.report.edit_manifest import Made, made, reads_as, versions
+from fasttrace.report.edit_manifest import Made, Origin, made, reads_as, versions
 from fasttrace.report.edit_pictures import MANY, Album, PairGroup
 from fasttrace.report.edit_words import (
     ROLES,
+    disagreements,
     interval,
     sentence,
     share,
@@ -36,13 +34,16 @@ from fasttrace.report.judged import (
     mean,
 )
 from fasttrace.report.lambda_path import PathChart, path_chart
+from fasttrace.report.pages import environment
 from fasttrace.report.result import Result
 from fasttrace.report.retraced import Retraced, compare
-from fasttrace.store.disk import write_atomic
+from fasttrace.store.disk import JUDGEMENTS, write_atomic
+from fasttrace.store.evaluation import PICTURES
 from fasttrace.store.judgements import TABLE, read_judgements
 from fasttrace.types import Judgement
 
-REPORT, PICTURES = "report.html", "pictures"
+REPORT = "report.html"
+MOST_REMARKS = 6
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class View:
     shares: list[Column]
     scores: list[Column]
     sections: list[Section]
+    remarks: list[str]  # where the judges disagree
+    unremarked: int  # more of these
     unjudged: list[str]
     absent: list[str]  # roles that nothing was asked for
     missing: int  # pictures
@@ -112,6 +115,7 @@ class View:
     versions: list[str]
     models: list[str]
     methods: list[str]
+    origin: Origin | None
     table: str = TABLE
 
 
@@ -121,40 +125,28 @@ def write_edits_report(
     before: Result | None = None,
     after: Result | None = None,
     path: Sequence[PathPoint] = (),
+    origin: Origin | None = None,
 ) -> Path:
     """Write `report.html` beside the judgements and pictures in `folder`; its path.
 
     edits: manifests by the names that the judgements use. before, after: traces of the same probes
-    on the unedited and the edited model. path: the same edit with several lambdas. Raises
-    `StoreError` where there are no judgements, damaged ones, or `folder` can't be written, and
-    `UsageError` where the traces can't be compared.
+    on the unedited and the edited model. path: the same edit with several lambdas. origin: what
+    gives this page again. Raises `StoreError` where there are no judgements, damaged ones, or
+    `folder` can't be written, and `UsageError` where the traces can't be compared.
     """
     rows = read_judgements(folder)
     page = folder / REPORT
     album = Album(folder / PICTURES, len({r.edit for r in rows}) > MANY)
-    view = build_view(rows, edits, album, before, after, path)
+    view = build_view(rows, edits, album, before, after, path, origin)
     album.warn_of_damage()
-    write_atomic(page, render(view).encode())
+    write_atomic(page, render(view).encode(), JUDGEMENTS)
     return page
 
 
 def render(view: View) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": html._number,
-        "interval": interval,
-        "share": share,
-        "signed": signed,
-        "tight": tight,
-    }
-    template = environment.get_template("edits.html.j2")
-    return template.render(view=view, shades=html._shades(), roles=ROLES)
+    pages = environment()
+    pages.filters |= {"interval": interval, "share": share, "signed": signed, "tight": tight}
+    return pages.get_template("edits.html.j2").render(view=view, roles=ROLES)
 
 
 def build_view(
@@ -164,6 +156,7 @@ def build_view(
     before: Result | None = None,
     after: Result | None = None,
     path: Sequence[PathPoint] = (),
+    origin: Origin | None = None,
 ) -> View:
     if not rows:
         raise StoreError(f"{album.folder.parent} holds an evaluation without a single picture.")
@@ -176,6 +169,12 @@ def build_view(
     sites = {site for m in manifests for site in m.get("sites", ())}
     trace = None if before is None or after is None else compare(before, after, sites)
     lams = {m["lam"] for m in manifests if "lam" in m}
+    seeds = list(dict.fromkeys(r.seed for r in rows))
+    remarks = [
+        f"{j.edit}, {words}" if len(judged) > 1 else words
+        for j in judged
+        for words in disagreements(j)
+    ]
     return View(
         title=title(judged, edits),
         sentence=sentence(every[0], len(judged)),
@@ -192,10 +191,12 @@ def build_view(
                 short=short(j),
                 roles=_roles(j),
                 groups=album.groups([r for r in rows if r.edit == j.edit]),
-                made=made(j.edit, edits[j.edit]) if j.edit in edits else None,
+                made=made(j.edit, edits[j.edit], seeds, origin) if j.edit in edits else None,
             )
             for j in judged
         ],
+        remarks=remarks[:MOST_REMARKS],
+        unremarked=max(0, len(remarks) - MOST_REMARKS),
         unjudged=[name for name in edits if all(j.edit != name for j in judged)],
         absent=[words for role, words in ROLES.items() if all(r.role != role for r in rows)],
         missing=album.missing,
@@ -204,6 +205,7 @@ def build_view(
         versions=versions(manifests),
         models=list(dict.fromkeys(str(m["model"]) for m in manifests if "model" in m)),
         methods=list(dict.fromkeys(str(m["method"]) for m in manifests if "method" in m)),
+        origin=origin,
     )
 
 

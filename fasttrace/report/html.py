@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from fasttrace.errors import StoreError, UsageError
-from fasttrace.report.charts import NEGATIVE, NEGATIVE_SHADES, SHADES, ramp
+from fasttrace.report.pages import environment
 from fasttrace.report.result import Result
 from fasttrace.report.view import View, build_view
 from fasttrace.store.disk import write_atomic
@@ -51,20 +49,8 @@ def render(result: Result, manifest: Manifest, *, edits: str | None = None, **op
             f"no row was scored with {metric!r}; the results hold {', '.join(result.metrics)}."
         )
     view = build_view(result, manifest, **options)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = _number
-    template = environment.get_template("report.html.j2")
-    return template.render(view=view, edits=edits, shades=_shades(), versions=_versions(view))
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"
+    template = environment().get_template("report.html.j2")
+    return template.render(view=view, edits=edits, versions=_versions(view))
 
 
 def _versions(view: View) -> list[str]:
@@ -72,12 +58,3 @@ def _versions(view: View) -> list[str]:
         ", ".join(f"{name} {number}" for name, number in json.loads(text).items())
         for text in view.versions
     ]
-
-
-def _shades() -> dict[str, list[tuple[str, str]]]:
-    """Per theme the CSS class of each shade and its colour."""
-    return {
-        theme: [(f"p{i}", c) for i, c in enumerate(ramp(theme, SHADES))]
-        + [(f"n{i}", c) for i, c in enumerate(ramp(theme, NEGATIVE_SHADES, NEGATIVE[theme]))]
-        for theme in ("light", "dark")
-    }

@@ -31,13 +31,22 @@ UNTOUCHED = (NEIGHBOUR, OTHER)
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over prompts (seeds averaged inside). low, high: its interval, None with too few."""
+    """A mean over prompts (seeds averaged inside). low, high: its interval, None with too few.
+
+    unit: what `prompts` counts: prompts, or edits in a mean over edits.
+    """
 
     value: float
     low: float | None
     high: float | None
     prompts: int
     pictures: int
+    unit: str = "prompts"
+
+    @property
+    def n(self) -> str:
+        """ "1 prompt", "12 edits" """
+        return f"{self.prompts} {self.unit.removesuffix('s') if self.prompts == 1 else self.unit}"
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,8 @@ def mean(judged: Sequence[Judged]) -> Judged:
     def over(figures: Iterable[Figure | None]) -> Figure | None:
         found = [(j.edit, f) for j, f in zip(judged, figures, strict=True) if f is not None]
         whole = figure((name, 0, f.value) for name, f in found)
-        return whole and replace(whole, pictures=sum(f.pictures for _, f in found))
+        pictures = sum(f.pictures for _, f in found)
+        return whole and replace(whole, pictures=pictures, unit="edits")
 
     def by_role(maps: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
         means = {role: over(m.get(role) for m in maps) for role in dict.fromkeys(chain(*maps))}

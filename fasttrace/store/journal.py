@@ -1,4 +1,4 @@
-"""The ledger: one append-only file a shard, one checked line a row.
+"""The ledger: one append-only file, one checked line a row (of a shard, or of an evaluation).
 
 A line is `{"row": {...}, "sum": "<16 hex digits>"}`; the sum is BLAKE2b over the row's bytes as
 they stand in the file. A row counts once its line is whole. A kill can tear the last line only: it
@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fasttrace.errors import StoreError
-from fasttrace.store.disk import disk_errors, write_all
+from fasttrace.store.disk import ROWS, Writing, disk_errors, write_all
 from fasttrace.store.schema import row_from_dict, row_to_dict
 from fasttrace.types import Row
 
@@ -30,17 +31,22 @@ def _sum(body: bytes) -> bytes:
     return hashlib.blake2b(body, digest_size=_SUM_CHARS // 2).hexdigest().encode()
 
 
+def encode_values(values: Mapping[str, Any], *, allow_nan: bool = False) -> bytes:
+    """One line, newline included. Raises `ValueError` for a number that is not finite."""
+    body = json.dumps(values, allow_nan=allow_nan, separators=(",", ":")).encode()
+    return _HEAD + body + _MIDDLE + _sum(body) + _TAIL + b"\n"
+
+
 def encode(row: Row) -> bytes:
     """One line, newline included. Raises `StoreError` for a number that is not finite."""
     try:
-        body = json.dumps(row_to_dict(row), allow_nan=False, separators=(",", ":")).encode()
+        return encode_values(row_to_dict(row))
     except ValueError as error:
         raise StoreError(
             f"the row of site {row.site!r} for prompt {row.prompt!r}, seed {row.seed}, holds a "
             f"number that is not finite (score {row.score}, clean {row.clean_score}, corrupt "
             f"{row.corrupt_score}). Run the model in float32, or use another metric."
         ) from error
-    return _HEAD + body + _MIDDLE + _sum(body) + _TAIL + b"\n"
 
 
 def decode(line: bytes) -> dict[str, Any] | None:
@@ -54,6 +60,15 @@ def decode(line: bytes) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
+class Lines:
+    """What a file of such lines holds, and where its last whole line ends."""
+
+    values: list[dict[str, Any]]
+    good_bytes: int
+    torn: bool
+
+
+@dataclass(frozen=True)
 class JournalContents:
     """What a journal holds: its rows, and where its last whole line ends."""
 
@@ -62,11 +77,14 @@ class JournalContents:
     torn: bool
 
 
-def read_journal(path: Path) -> JournalContents:
-    """Read a journal, changing nothing. Raises `StoreError` naming a line damaged in the middle."""
-    with disk_errors(path):
+def read_lines(path: Path, writing: Writing = ROWS) -> Lines:
+    """Read a file of lines, changing nothing; one that isn't there is empty.
+
+    Raises `StoreError` naming a line damaged in the middle.
+    """
+    with disk_errors(path, writing):
         data = path.read_bytes() if path.exists() else b""
-    rows: list[Row] = []
+    found: list[dict[str, Any]] = []
     start, number = 0, 0
     while start < len(data):
         number += 1
@@ -74,41 +92,44 @@ def read_journal(path: Path) -> JournalContents:
         values = decode(data[start:end]) if end >= 0 else None
         if values is None:
             if b"\n" not in data[start:].rstrip(b"\n\0"):
-                return JournalContents(rows, start, torn=True)
-            raise StoreError(_damaged(path, number, len(rows)))
-        rows.append(row_from_dict(values))
+                return Lines(found, start, torn=True)
+            raise StoreError(_damaged(path, number, len(found)))
+        found.append(values)
         start = end + 1
-    return JournalContents(rows, start, torn=False)
+    return Lines(found, start, torn=False)
+
+
+def read_journal(path: Path) -> JournalContents:
+    """Rows of a journal, changing nothing. Raises as `read_lines` does."""
+    lines = read_lines(path)
+    return JournalContents([row_from_dict(v) for v in lines.values], lines.good_bytes, lines.torn)
 
 
 def _damaged(path: Path, number: int, before: int) -> str:
     return (
         f"{path}, line {number}, is damaged: its checksum does not match, so something other than "
-        f"fasttrace changed the file. The {before} rows before it are whole. To go on, delete that "
-        f"line (sed -i {number}d '{path}') and run the same command again: its row is made anew."
+        f"fasttrace changed the file. The {before} lines before it are whole. To go on, delete "
+        f"that line (sed -i {number}d '{path}') and run the same command again: what it held is "
+        "made anew."
     )
 
 
-class Journal:
-    """The writing end. One process at a time: the store holds the shard's lock."""
+class Appender:
+    """The writing end of a file of lines, from its last whole line on. One process at a time."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        contents = read_journal(path)
-        self.rows = contents.rows
-        self.repaired = contents.torn
-        self._size = contents.good_bytes
+    def __init__(self, path: Path, lines: Lines | JournalContents, writing: Writing = ROWS) -> None:
+        self.path, self.writing = path, writing
+        self._size = lines.good_bytes
         self._synced = 0.0
-        with disk_errors(path):
+        with disk_errors(path, writing):
             self._handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
-            if contents.torn:
+            if lines.torn:
                 os.ftruncate(self._handle, self._size)
                 os.fsync(self._handle)
 
-    def append(self, row: Row) -> None:
+    def write(self, line: bytes) -> None:
         """Hand one line to the operating system. On a full disk the file is as it was before."""
-        line = encode(row)
-        with disk_errors(self.path):
+        with disk_errors(self.path, self.writing):
             try:
                 write_all(self._handle, line)
             except OSError:
@@ -121,8 +142,8 @@ class Journal:
                 self.sync()
 
     def sync(self) -> None:
-        """Wait until everything appended so far is on the disk."""
-        with disk_errors(self.path):
+        """Wait until everything written so far is on the disk."""
+        with disk_errors(self.path, self.writing):
             os.fsync(self._handle)
         self._synced = time.monotonic()
 
@@ -130,8 +151,22 @@ class Journal:
         if self._handle < 0:
             return
         handle, self._handle = self._handle, -1
-        with disk_errors(self.path):
+        with disk_errors(self.path, self.writing):
             try:
                 os.fsync(handle)
             finally:
                 os.close(handle)
+
+
+class Journal(Appender):
+    """The writing end of a shard's rows: the store holds the shard's lock."""
+
+    def __init__(self, path: Path) -> None:
+        contents = read_journal(path)
+        self.rows = contents.rows
+        self.repaired = contents.torn
+        super().__init__(path, contents)
+
+    def append(self, row: Row) -> None:
+        """As `write` does."""
+        self.write(encode(row))

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fasttrace.errors import StoreError
-from fasttrace.store.disk import disk_errors, write_atomic
+from fasttrace.store.disk import JUDGEMENTS, read_errors, write_atomic
 from fasttrace.types import Judgement
 
 TABLE = "judgements.parquet"
@@ -34,14 +34,14 @@ def write_judgements(folder: Path, rows: Sequence[Judgement]) -> Path:
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     path = folder / TABLE
-    write_atomic(path, sink.getvalue())
+    write_atomic(path, sink.getvalue(), JUDGEMENTS)
     return path
 
 
 def read_judgements(folder: Path) -> list[Judgement]:
     """Raises `StoreError` where there are none, or they are damaged or of another version."""
     path = folder / TABLE
-    with disk_errors(path):
+    with read_errors(path):
         if not path.is_file():
             raise StoreError(f"{folder} holds no evaluation; `fasttrace evaluate` makes one.")
         data = path.read_bytes()

@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
-from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from fasttrace.errors import UsageError
+from fasttrace.store.entries import read_entries
+
+_EXPECTED = '{"schema": 1, "pairs": [{"old": "van gogh", "new": "painting"}]}'
 
 
 class PairEntry(BaseModel):
@@ -37,17 +38,4 @@ class PairFile(BaseModel):
 
 def read_pairs(path: Path | str) -> list[PairEntry]:
     """The pairs of a file. Raises `UsageError` naming the entry and the field that is wrong."""
-    path = Path(path)
-    try:
-        text = path.read_bytes().removeprefix(BOM_UTF8)
-    except OSError as error:
-        raise UsageError(f"the pairs file {path} can't be read ({error.strerror}).") from error
-    try:
-        return PairFile.model_validate_json(text).pairs
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UsageError(
-            f"the pairs file {path} is malformed: {place}: {first['msg'].lower()}. Expected is "
-            '{"schema": 1, "pairs": [{"old": "van gogh", "new": "painting"}]}.'
-        ) from error
+    return read_entries(path, PairFile, "pairs", _EXPECTED).pairs

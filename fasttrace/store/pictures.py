@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fasttrace.errors import StoreError
-from fasttrace.store.disk import write_atomic
+from fasttrace.store.disk import ROWS, Writing, write_atomic
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 
@@ -35,13 +35,13 @@ def to_image(picture: Any) -> Image.Image:
     return Image.fromarray(pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0))
 
 
-def save_picture(folder: Path, name: str, picture: Any) -> Path:
+def save_picture(folder: Path, name: str, picture: Any, writing: Writing = ROWS) -> Path:
     """Write a picture unless it is there already; whole or not at all. Raises `StoreError`."""
     path = picture_path(folder, name)
     if not path.exists():
         sink = io.BytesIO()
         to_image(picture).save(sink, format="PNG", compress_level=1)
-        write_atomic(path, sink.getvalue())
+        write_atomic(path, sink.getvalue(), writing)
     return path
 
 

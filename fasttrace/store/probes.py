@@ -6,14 +6,16 @@
 
 from __future__ import annotations
 
-from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from fasttrace.errors import UsageError
+from fasttrace.store.entries import read_entries
 from fasttrace.types import Probe
+
+_EXPECTED = '{"schema": 1, "probes": [{"prompt": "...", "subject": "...", "attribute": "..."}]}'
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -52,21 +54,7 @@ class ProbeFile(BaseModel):
 
 def read_probes(path: Path | str) -> list[ProbeEntry]:
     """The probes of a file. Raises `UsageError` naming the entry and the field that is wrong."""
-    path = Path(path)
-    try:
-        text = path.read_bytes().removeprefix(BOM_UTF8)  # some editors begin a file with it
-    except OSError as error:
-        raise UsageError(f"the probes file {path} can't be read ({error.strerror}).") from error
-    try:
-        entries = ProbeFile.model_validate_json(text).probes
-    except ValidationError as error:
-        first = error.errors()[0]
-        more = f" ({error.error_count() - 1} more like it)" if error.error_count() > 1 else ""
-        raise UsageError(
-            f"the probes file {path} is malformed: {_place(first['loc'])}: "
-            f"{first['msg'].lower()}{more}. Expected is "
-            '{"schema": 1, "probes": [{"prompt": "...", "subject": "...", "attribute": "..."}]}.'
-        ) from error
+    entries = read_entries(path, ProbeFile, "probes", _EXPECTED).probes
     seen: dict[Probe, int] = {}
     for number, entry in enumerate(entries, start=1):
         before = seen.setdefault(entry.probe(), number)
@@ -76,13 +64,3 @@ def read_probes(path: Path | str) -> list[ProbeEntry]:
                 f"both {entry.subject!r} in {entry.prompt!r}. Put their seeds into one entry."
             )
     return entries
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    match location:
-        case ("probes", int(index), *rest):
-            field = ".".join(str(part) for part in rest)
-            return f"entry {index + 1}" + (f", {field}" if field else "")
-        case ():
-            return "the file"
-    return ".".join(str(part) for part in location)

@@ -9,19 +9,17 @@ DIR/results.parquet           the whole table, made from the ledger
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from filelock import FileLock, Timeout
-
 from fasttrace.errors import StoreError, UsageError
 from fasttrace.store.disk import (
     OURS,
-    disk_errors,
+    lock,
     make_folder,
     remove_leftovers,
     sync_folder,
@@ -99,7 +97,7 @@ class Store:
                     make_folder(folder)
                     remove_leftovers(folder)
                 stack.enter_context(
-                    _lock(
+                    lock(
                         out / "rows" / f"{OURS}-{_stem(shard)}.lock",
                         0.0,
                         f"another process is writing shard {shard} of {out}. Wait until it has "
@@ -220,24 +218,9 @@ def _journals(out: Path) -> list[Path]:
 
 
 def _ledger(out: Path) -> AbstractContextManager[None]:
-    return _lock(
+    return lock(
         out / f"{OURS}.lock",
         _LEDGER_WAIT,
         f"another process has held the ledger of {out} for {_LEDGER_WAIT:.0f} seconds. Wait until "
         "it has ended and run the same command again.",
     )
-
-
-@contextmanager
-def _lock(path: Path, timeout: float, busy: str) -> Iterator[None]:
-    """An operating-system lock: it ends with the process, so a kill never leaves it behind."""
-    lock = FileLock(path)
-    with disk_errors(path):
-        try:
-            lock.acquire(timeout=timeout)
-        except Timeout as error:
-            raise StoreError(busy) from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -215,8 +215,8 @@ def test_a_wrong_call_is_one_sentence(folders, tmp_path: Path, capsys, given, sa
     [
         ("{", "the file"),
         ('{"schema": 1, "pairs": []}', "pairs"),
-        ('{"schema": 1, "pairs": [{"old": "dog"}]}', "pairs.0.new"),
-        ('{"schema": 1, "pairs": [{"old": "dog", "new": [1]}]}', "pairs.0.new"),
+        ('{"schema": 1, "pairs": [{"old": "dog"}]}', "entry 1, new: field required"),
+        ('{"schema": 1, "pairs": [{"old": "dog", "new": [1]}]}', "entry 1, new"),
         ('{"schema": 2, "pairs": [{"old": "dog", "new": "cat"}]}', "schema"),
         ('[["dog", "cat"]]', "the file"),
     ],

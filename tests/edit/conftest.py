@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,16 @@ import torch
 from torch import Tensor
 
 from fasttrace.testing import tiny_pipeline
+
+# What several files of tests share; a folder of tests is no package.
+for _file in ("by_formula", "exports"):
+    _spec = importlib.util.spec_from_file_location(
+        f"fasttrace_{_file}", Path(__file__).parent / f"{_file}.py"
+    )
+    assert _spec is not None
+    assert _spec.loader is not None
+    sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules[_spec.name])
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What is written loads elsewhere as the same edit, and nothing half written is left."""
+"""What is written comes back as the same edit, and nothing half written is left."""
 
 from __future__ import annotations
 
@@ -9,224 +9,28 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from fasttrace_exports import (
+    CALLS,
+    FEW,
+    LORAS,
+    PAIRS,
+    everywhere,
+    latents_of,
+    same_changes,
+)
+from safetensors.torch import save_file
 
 from fasttrace import Editor, Replacement, load_edit
 from fasttrace.edit import export
 from fasttrace.edit.edit import Edit
 from fasttrace.edit.factors import factorise
-from fasttrace.edit.solver import Change
 from fasttrace.errors import ModelError, StoreError, UsageError
 from fasttrace.testing import tiny_pipeline
-
-PAIRS = [("big dog", "cat")]
-MID = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
-FEW: dict[str, Any] = {"tokens": "last", "templates": ["{}", "a {}"]}  # rank 2: a LoRA is smaller
-CALLS: dict[str, dict[str, Any]] = {
-    "diffquickfix": {},
-    "mlp": {"method": "mlp"},
-    "uce": {"method": "uce"},
-    "time": {"method": "time"},
-    "locoedit": {"site": MID},
-    "few": FEW,
-    "few uce": {"method": "uce", **FEW},
-}
-LORAS = {"peft": "pytorch_lora_weights.safetensors", "kohya": "kohya.safetensors"}
-
-
-def latents_of(pipe: Any) -> Tensor:
-    found: Tensor = pipe(
-        "a photo of a big dog",
-        num_inference_steps=2,
-        guidance_scale=3.0,
-        generator=torch.Generator().manual_seed(3),
-        output_type="latent",
-    ).images
-    return found
-
-
-def rms(x: Tensor) -> float:
-    return float(x.square().mean().sqrt())
-
-
-def assert_same_pictures(found: Tensor, expected: Tensor, plain: Tensor) -> None:
-    assert rms(expected - plain) > 1e-3 * rms(plain)
-    assert float((found - expected).abs().max()) <= 1e-5 * max(1.0, rms(expected))
-
-
-def everywhere(pipe: Any, pairs: Any = PAIRS, **options: Any) -> Edit:
-    """Text encoders, and the UNet on top."""
-    editor = Editor(pipe)
-    return editor.edit(pairs, method="uce", after=editor.edit(pairs, **options), **options)
 
 
 @pytest.fixture
 def edit(own: Any) -> Edit:
     return Editor(own("sd")).edit(PAIRS, **FEW)
-
-
-class TestLora:
-    def check(self, edit: Edit, family: str, form: str, folder: Path) -> None:
-        pytest.importorskip("peft")
-        pipe = tiny_pipeline(family)  # type: ignore[arg-type]
-        plain = latents_of(pipe)
-        with edit.applied(pipe):
-            expected = latents_of(pipe)
-        edit.save(folder, forms=["peft", "kohya"])
-        pipe.load_lora_weights(folder, weight_name=LORAS[form])
-        assert_same_pictures(latents_of(pipe), expected, plain)
-        pipe.unload_lora_weights()
-        assert_same_pictures(latents_of(pipe), plain, expected)
-
-    @pytest.mark.parametrize("form", LORAS)
-    @pytest.mark.parametrize("call", CALLS)
-    def test_sd(self, own, tmp_path, call, form):
-        pairs = [("a big dog", "a big cat")] if call == "time" else PAIRS
-        edit = Editor(own("sd")).edit(pairs, **CALLS[call])
-        self.check(edit, "sd", form, tmp_path / "edit")
-
-    @pytest.mark.parametrize("form", LORAS)
-    @pytest.mark.parametrize("call", ["diffquickfix", "mlp", "uce", "few"])
-    def test_sdxl(self, own, tmp_path, call, form):
-        """diffquickfix: both text encoders; uce: keys and values."""
-        edit = Editor(own("sdxl")).edit(PAIRS, **CALLS[call])
-        self.check(edit, "sdxl", form, tmp_path / "edit")
-
-    @pytest.mark.parametrize("form", LORAS)
-    @pytest.mark.parametrize("options", [{}, FEW])
-    def test_text_encoders_and_unet_at_once(self, own, family, tmp_path, form, options):
-        """Ranks differ: of matrices, and of components."""
-        edit = everywhere(own(family), **options)
-        self.check(edit, family, form, tmp_path / "edit")
-
-    @pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2"])
-    @pytest.mark.parametrize("form", LORAS)
-    def test_one_encoder_of_two(self, own, tmp_path, name, form):
-        edit = Editor(own("sdxl")).edit(PAIRS, site=f"{name}.layers.0.self_attn")
-        assert list(edit.changes) == [f"{name}.layers.0.self_attn.out_proj"]
-        self.check(edit, "sdxl", form, tmp_path / "edit")
-        keys = load_file(tmp_path / "edit" / "kohya.safetensors")
-        number = 2 if name == "text_encoder_2" else 1
-        assert all(key.startswith(f"lora_te{number}_text_model_encoder_") for key in keys)
-
-    def test_every_module_of_a_component_has_one_rank(self, own, tmp_path):
-        """Loaders before diffusers 0.42 scale other ranks by what the first one is."""
-        edit = everywhere(own("sd"))
-        edit.save(tmp_path / "edit")
-        ranks: dict[str, set[int]] = {}
-        for key, tensor in load_file(tmp_path / "edit" / LORAS["peft"]).items():
-            ranks.setdefault(key.split(".")[0], set()).add(tensor.shape["lora_B" in key])
-        needed: dict[str, set[int]] = {}
-        for name, change in edit.changes.items():
-            needed.setdefault(name.split(".")[0], set()).add(factorise(change).rank)
-        assert len(needed["unet"]) > 1
-        assert ranks == {component: {max(all_)} for component, all_ in needed.items()}
-
-    def test_keys(self, own, tmp_path):
-        everywhere(own("sd"), **FEW).save(tmp_path / "edit")
-        peft = load_file(tmp_path / "edit" / LORAS["peft"])
-        kohya = load_file(tmp_path / "edit" / LORAS["kohya"])
-        start = "text_encoder.text_model.encoder.layers.0.self_attn.out_proj"
-        assert {f"{start}.lora_A.weight", f"{MID}.to_v.lora_B.weight"} <= set(peft)
-        start = "lora_te_text_model_encoder_layers_0_self_attn_out_proj"
-        mid = "lora_" + MID.replace(".", "_") + "_to_v"
-        ends = ("lora_down.weight", "lora_up.weight", "alpha")
-        assert {f"{s}.{e}" for s in (start, mid) for e in ends} <= set(kohya)
-        assert all(t.dtype == torch.float32 for t in (*peft.values(), *kohya.values()))
-
-
-class TestFactors:
-    def changed(self, m: int, d: int, r: int, seed: int = 0) -> Change:
-        generator = torch.Generator().manual_seed(seed)
-        left, right = (
-            torch.randn(shape, generator=generator, dtype=torch.float64)
-            for shape in ((m, r), (r, d))
-        )
-        return Change(left, right)
-
-    @pytest.mark.parametrize(("m", "d", "r"), [(20, 30, 4), (30, 20, 20), (8, 5, 30), (1, 9, 3)])
-    def test_all_of_it(self, m, d, r):
-        change = self.changed(m, d, r)
-        found = factorise(change)
-        assert found.rank == min(m, d, r)
-        assert found.up.shape == (m, found.rank)
-        assert found.down.shape == (found.rank, d)
-        assert float((found.up @ found.down - change.dense).norm()) <= 1e-13 * float(
-            change.dense.norm()
-        )
-        assert found.discarded <= 1e-13
-
-    @pytest.mark.parametrize(("m", "d", "r"), [(20, 30, 9), (12, 7, 40)])
-    @pytest.mark.parametrize("most", [1, 3, 6, 100])
-    def test_truncated_is_the_best_of_its_rank(self, m, d, r, most):
-        """Eckart and Young; the tail from the eigenvalues of the change times itself."""
-        change = self.changed(m, d, r)
-        found = factorise(change, most)
-        kept = min(most, m, d, r)
-        assert found.up.shape[1] == found.down.shape[0] == kept
-        assert found.rank == min(m, d, r)
-        dense = change.dense
-        squares = torch.linalg.eigvalsh(dense @ dense.T).flip(0).clamp_min(0)
-        tail = float((squares[kept:].sum() / squares.sum()).sqrt())
-        assert found.discarded == pytest.approx(tail, rel=1e-9, abs=1e-7)
-        lost = float((dense - found.up @ found.down).norm() / dense.norm())
-        assert found.discarded == pytest.approx(lost, rel=1e-9, abs=1e-12)
-
-    def test_rank_is_numerical(self):
-        change = self.changed(20, 30, 4)
-        twice = Change(
-            torch.cat([change.left, change.left], 1), torch.cat([change.right, change.right], 0)
-        )
-        assert factorise(twice).rank == 4
-
-    def test_no_change(self):
-        found = factorise(Change(torch.zeros(5, 2).double(), torch.zeros(2, 7).double()))
-        assert (found.rank, found.discarded) == (0, 0.0)
-        assert float((found.up @ found.down).abs().max()) == 0
-
-    def test_both_sides_are_of_one_size(self):
-        change = self.changed(20, 30, 4)
-        found = factorise(Change(change.left * 1e8, change.right * 1e-8))
-        assert float(found.up.norm() / found.down.norm()) == pytest.approx(1, rel=1e-9)
-
-    @pytest.mark.parametrize("rank", [1, 3])
-    def test_a_truncated_export_says_what_it_left_out(self, own, tmp_path, rank, slow):
-        pipe = own("sd")
-        edit = everywhere(pipe)
-        edit.save(tmp_path / "edit", rank=rank)
-        written = json.loads((tmp_path / "edit" / "edit.json").read_text())
-        peft = load_file(tmp_path / "edit" / LORAS["peft"])
-        card = (tmp_path / "edit" / "README.md").read_text()
-        loaded = load_edit(tmp_path / "edit")
-        for name, change in edit.changes.items():
-            values = torch.linalg.svdvals(change.dense)
-            tail = float(values[rank:].norm() / values.norm())
-            assert written["ranks"][name] == rank
-            assert written["discarded"][name] == pytest.approx(tail, rel=1e-9)
-            assert tail > 1e-3
-            assert f"| `{name}` | {rank} | {tail:.2g} |" in card
-            key = name.replace("text_encoder.", "text_encoder.text_model.encoder.")
-            product = peft[f"{key}.lora_B.weight"].double() @ peft[f"{key}.lora_A.weight"].double()
-            lost = float((product - change.dense).norm() / values.norm())
-            assert lost == pytest.approx(tail, rel=1e-4)
-            # what `evaluate` reads is the edit that was written
-            read = loaded.changes[name].dense
-            assert float((read - product).norm() / values.norm()) < 1e-6
-
-    @pytest.mark.parametrize("rank", [0, -1, 1.5, True, "2"])
-    def test_a_wrong_rank(self, edit, tmp_path, rank):
-        with pytest.raises(UsageError, match="rank is .* a whole number above 0"):
-            edit.save(tmp_path / "edit", rank=rank)
-        assert list(tmp_path.iterdir()) == []
-
-
-def same_changes(one: Edit, other: Edit) -> None:
-    """To what float32 factors hold."""
-    assert list(one.changes) == list(other.changes)
-    for name, change in other.changes.items():
-        lost = float((one.changes[name].dense - change.dense).norm() / change.dense.norm())
-        assert lost <= 4e-7
 
 
 class TestRoundTrip:
@@ -420,117 +224,3 @@ class TestNothingIsLost:
         [first] = [i for i, line in enumerate(card) if line == "| --- | --- |"]
         rows = card[first + 1 : first + 3]
         assert [row.replace("\\|", "").count("|") for row in rows] == [3, 3]
-
-
-class TestDamaged:
-    @pytest.fixture
-    def folder(self, own: Any, tmp_path: Path) -> Path:
-        return everywhere(own("sd"), **FEW).save(tmp_path / "edit")
-
-    def refused(self, folder: Path, words: str = "is damaged") -> None:
-        with pytest.raises(StoreError, match=words) as caught:
-            load_edit(folder)
-        assert str(folder) in str(caught.value)
-
-    def rewrite(self, folder: Path, change: Any) -> None:
-        path = folder / "edit.json"
-        content = json.loads(path.read_text())
-        change(content)
-        path.write_text(json.dumps(content))
-
-    def test_no_edit_at_all(self, tmp_path):
-        self.refused(tmp_path, "holds no edit: there is no edit.json")
-        self.refused(tmp_path / "nowhere", "holds no edit")
-
-    @pytest.mark.parametrize(
-        "text", ["", "{", "[]", "null", "\x00\x01", '{"format": 3}', "{}", "[" * 100_000]
-    )
-    def test_json_that_is_none_or_another(self, folder, text):
-        (folder / "edit.json").write_text(text)
-        self.refused(folder)
-
-    def test_json_that_is_not_utf8(self, folder):
-        (folder / "edit.json").write_bytes(b"\xff\xfe{}")
-        self.refused(folder)
-
-    @pytest.mark.parametrize("key", ["edit", "forms", "ranks", "discarded"])
-    def test_a_missing_key(self, folder, key):
-        self.rewrite(folder, lambda content: content.pop(key))
-        self.refused(folder)
-
-    @pytest.mark.parametrize(
-        ("key", "value"),
-        [
-            (key, value)
-            for key in ("base", "pairs", "method", "lam", "after", "model")
-            for value in ("gone", None, 3, "words", [1], {"a": 1})
-            if (key, value) not in [("lam", 3), ("method", "words"), ("model", "words")]
-        ],
-    )
-    def test_a_manifest_of_another_kind(self, folder, key, value):
-        def change(content: Any) -> None:
-            if value == "gone":
-                del content["edit"][key]
-            else:
-                content["edit"][key] = value
-
-        self.rewrite(folder, change)
-        self.refused(folder)
-
-    def test_another_format_or_version(self, folder):
-        for key, value in (("version", 2), ("format", "another")):
-            self.rewrite(folder, lambda content, k=key, v=value: content.update({k: v}))
-            self.refused(folder)
-            self.rewrite(folder, lambda content: content.update(version=1, format="fasttrace edit"))
-        load_edit(folder)
-
-    def test_an_unknown_key(self, folder):
-        self.rewrite(folder, lambda content: content.update(more=1))
-        self.refused(folder)
-
-    def test_a_missing_file(self, folder):
-        (folder / "edit.safetensors").unlink()
-        self.refused(folder)
-
-    @pytest.mark.parametrize("kept", [0, 4, 100, -1])
-    def test_a_file_cut_short(self, folder, kept):
-        path = folder / "edit.safetensors"
-        path.write_bytes(path.read_bytes()[:kept])
-        self.refused(folder)
-
-    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-    def test_nan(self, folder, bad):
-        def poison(tensors: dict[str, Tensor]) -> None:
-            next(reversed(tensors.values()))[0, 0] = bad
-
-        self.retensor(folder, poison)
-        self.refused(folder)
-
-    def retensor(self, folder: Path, change: Any) -> None:
-        tensors = load_file(folder / "edit.safetensors")
-        change(tensors)
-        save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "edit.safetensors")
-
-    @pytest.mark.parametrize("kind", ["missing", "strange", "flat", "ranks", "integers", "empty"])
-    def test_wrong_tensors(self, folder, kind):
-        name = f"{MID}.to_k.left"
-
-        def change(tensors: dict[str, Tensor]) -> None:
-            if kind == "missing":
-                del tensors[name]
-            elif kind == "strange":
-                tensors["more"] = tensors[name].clone()
-            elif kind == "flat":
-                tensors[name] = tensors[name].reshape(-1)
-            elif kind == "ranks":
-                tensors[name] = tensors[name][:, :1]
-            elif kind == "integers":
-                tensors[name] = tensors[name].to(torch.int32)
-            else:
-                tensors[name] = tensors[name][:0]
-
-        self.retensor(folder, change)
-        self.refused(folder)
-
-    def test_whole_it_loads(self, folder):
-        assert len(load_edit(folder).changes) == 9

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from fasttrace.adapters.pipeline import Model
 from fasttrace.adapters.text import TextEncoder
 from fasttrace.edit.phrases import (
     TEMPLATES,
@@ -20,7 +22,7 @@ from fasttrace.edit.phrases import (
 from fasttrace.errors import UsageError
 from fasttrace.testing.tiny import WINDOW, tiny_tokenizer
 
-UNSEEN = "\u200b"
+UNSEEN = "\ufffd"  # a letter that the tokenizer below drops, as some do
 
 
 class Words:
@@ -265,6 +267,12 @@ class TestParsing:
         [
             (("", "cat"), "phrase to edit is empty in the pair '' -> 'cat'"),
             ((" \t", "cat"), "phrase to edit is empty"),
+            (("\u200b", "cat"), "phrase to edit is empty"),  # nothing of it can be seen
+            ((" \ufeff\u2060\u00ad", "cat"), "phrase to edit is empty"),
+            (("\u3164", "cat"), "phrase to edit is empty"),
+            (("dog", "\u200b"), "'dog' is to become the empty phrase"),
+            (("dog\ud800", "cat"), "A phrase is 'dog.ud800', which is no valid Unicode text"),
+            (("dog", ["cat", "\udfff"]), "no valid Unicode text"),
             (("dog", ""), "'dog' is to become the empty phrase, which has no token"),
             (("dog", " "), "'dog' is to become the empty phrase"),
             (("dog", ["cat", ""]), "'dog' is to become the empty phrase"),
@@ -272,7 +280,10 @@ class TestParsing:
             (("dog", "dog"), "'dog' is to become itself"),
             (("Dog", " dOG "), "'Dog' is to become itself"),
             (("dog", ["cat", "DOG"]), "'dog' is to become itself"),
-            (Replacement("dog", "cat", 0.0), "strength of 'dog' is 0.0; it has to be above 0"),
+            (
+                Replacement("dog", "cat", 0.0),
+                "strength of 'dog' is 0.0; it has to be a number above 0",
+            ),
             (Replacement("dog", "cat", -1), "strength of 'dog' is -1"),
             (Replacement("dog", "cat", float("nan")), "strength of 'dog' is nan"),
             (Replacement("dog", "cat", float("inf")), "strength of 'dog' is inf"),
@@ -280,6 +291,11 @@ class TestParsing:
             (Replacement("dog", ("a", "b"), weights=(1.0, 0.0)), "weight of 'dog' is 0.0"),
             (Replacement("dog", ("a", "b"), weights=(1.0, -2.0)), "weight of 'dog' is -2.0"),
             (Replacement("dog", ("a", "b"), weights=(1.0,)), "2 target phrases but 1 weights"),
+            (Replacement("dog", "cat", True), "strength of 'dog' is True"),
+            (Replacement("dog", "cat", None), "strength of 'dog' is None"),  # type: ignore[arg-type]
+            (Replacement("dog", "cat", weights=0.5), "weights of 'dog' are 0.5; expected a number"),  # type: ignore[arg-type]
+            (Replacement("dog", "cat", weights="1"), "weights of 'dog' are '1'"),  # type: ignore[arg-type]
+            (Replacement("dog", ("a", "b"), weights=("1", 2)), "weight of 'dog' is '1'"),  # type: ignore[arg-type]
             (Replacement("dog", "a", weights=(1.0, 2.0)), "1 target phrases but 2 weights"),
         ],
     )
@@ -316,8 +332,10 @@ class TestTemplates:
             ([], "templates is empty"),
             (["a dog"], "template 'a dog' needs one {}"),
             (["{} and {}"], "needs one {}"),
-            ([3], "template '3' needs one {}"),
-            ([None], "template 'None' needs one {}"),
+            (3, "templates is a list, .*; 3 was given"),
+            ([3], "templates is a list, .*; 3 is in it"),
+            ([None], "templates is a list, .*; None is in it"),
+            (["a {}\ud800"], "A text of templates is .* no valid Unicode text"),
         ],
     )
     def test_wrong_ones(self, templates, words):
@@ -347,6 +365,20 @@ class TestWhatCantBeRead:
             with pytest.raises(UsageError, match=f"{count + 1} tokens but .* holds {count}"):
                 collect(encoder, of(long), ["a photo of {}"], tokens)
 
+    @pytest.mark.parametrize("tokens", ["last", "aligned"])
+    def test_too_long_is_one_sentence_alone(self, sd, tokens, caplog):
+        """The pipeline's own way to convert a prompt warns of its length."""
+        encoder = Model(sd).encoders[0]
+        sd.tokenizer.deprecation_warnings.clear()
+        logger = logging.getLogger("transformers")
+        logger.addHandler(caplog.handler)
+        try:
+            with pytest.raises(UsageError, match="tokens but the text window holds"):
+                collect(encoder, of(("red " * 400, "dog")), ["{}"], tokens)
+        finally:
+            logger.removeHandler(caplog.handler)
+        assert not caplog.messages
+
     def test_a_preserved_phrase_too_long(self, tiny_encoder):
         with pytest.raises(UsageError, match="tokens but the text window holds"):
             collect(tiny_encoder, of(("dog", "cat")), ["{}"], "last", ("red " * 30,))
@@ -367,6 +399,7 @@ class TestWhatCantBeRead:
         with pytest.raises(UsageError, match="tokens is .*; expected one of last, last_to_end"):
             collect(words, of(("dog", "cat")), ["{}"], tokens)
 
-    def test_an_empty_phrase_to_preserve(self, words):
+    @pytest.mark.parametrize("phrase", [" ", "\u200b"])
+    def test_an_empty_phrase_to_preserve(self, words, phrase):
         with pytest.raises(UsageError, match="A phrase to preserve is empty"):
-            collect(words, of(("dog", "cat")), ["{}"], "last", (" ",))
+            collect(words, of(("dog", "cat")), ["{}"], "last", (phrase,))

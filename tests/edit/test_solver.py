@@ -15,6 +15,7 @@ from fasttrace.edit.solver import (
     Change,
     InputChange,
     Moments,
+    _by_eigenvalues,
     check_lam,
     readout,
     readout_path,
@@ -141,6 +142,46 @@ def test_inputs_of_a_batch_are_one_by_one():
                 assert error(part.of(weight).dense, expected) <= EPS * condition(keys[i], lams[j])
 
 
+def test_inputs_of_a_batch_of_many_pairs_are_one_by_one():
+    keys = torch.stack([clip_like(60, seed=s) for s in range(4)])
+    goals = torch.stack([clip_like(60, seed=9 + s) for s in range(4)])
+    weight = random(M, D)
+    for lams in ([0.1], [0.1, 2.0]):
+        together = solve_inputs(keys, goals, lams)
+        for i in range(4):
+            for found, lam, alone in zip(
+                together, lams, solve_inputs(keys[i], goals[i], lams), strict=True
+            ):
+                part = InputChange(found.left[i], found.right, found.pull[i], found.whole)
+                expected = alone.of(weight, weight[:, 0]).dense
+                given = part.of(weight, weight[:, 0]).dense
+                assert error(given, expected) <= 8 * EPS * condition(keys[i], lam)
+
+
+@pytest.mark.parametrize("lams", [[1e-3], [1e-3, 100.0]])
+@pytest.mark.parametrize("n", [5, 48, 49, 60, 300])
+def test_what_a_target_too_high_adds_has_digits_of_its_own(n, lams):
+    """The sum of a readout's rows is small beside them, so their errors must not add up to it."""
+    keys = clip_like(n)
+    expected = by_formula(keys, torch.ones(n, 1, dtype=torch.float64), 1e-3)[0]
+    found = solve_inputs(keys, clip_like(n, seed=5), lams)[0].pull
+    assert error(found, expected) <= EPS * condition(keys, 1e-3)
+
+
+@pytest.mark.parametrize("lam", [1e-4, 0.01])
+@pytest.mark.parametrize("n", [20, 47, 48])
+def test_a_path_has_the_digits_of_a_single_solve(n, lam):
+    """Those that forming the Gram matrix has lost come back from the keys."""
+    keys, residuals = clip_like(n), random(n, M)
+    expected = by_formula(keys, residuals, lam)
+    root = 2 * EPS * condition(keys, lam) ** 0.5
+    [found, _] = readout_path(keys, [lam, 7.0])
+    assert error(residuals.T @ found, expected) <= root
+    assert error(residuals.T @ readout(keys, lam), expected) <= root
+    [unrefined] = _by_eigenvalues(keys @ keys.T, [lam])
+    assert error(residuals.T @ unrefined(keys), expected) > root
+
+
 @pytest.mark.parametrize("n", [3, 48, 200])
 def test_path_is_single_solves(n):
     keys = clip_like(n)
@@ -224,6 +265,28 @@ def test_two_changes_add_up():
     both = one + other
     assert both.left.shape == (M, 8)
     assert error(both.dense, one.dense + other.dense) <= 4 * EPS
+    square = torch.eye(D, dtype=torch.float64)
+    whole = Change(random(M, D, seed=9), square, whole=True)
+    for both in (one + whole, whole + one, whole + whole):
+        assert both.whole
+        assert both.left.shape == (M, D)
+    assert error((one + whole).dense, one.dense + whole.left) <= 4 * EPS
+    assert torch.equal((one + whole).dense, (whole + one).dense)
+    assert torch.equal((whole + whole).dense, 2 * whole.left)
+
+
+@pytest.mark.parametrize("n", [48, 49])
+def test_a_whole_change_is_multiplied_by_no_identity(n):
+    keys, residuals = clip_like(n), random(n, M)
+    weight = random(M, D)
+    for change in (
+        solve(keys, residuals, 0.1),
+        solve_inputs(keys, clip_like(n, seed=2), [0.1])[0].of(weight),
+        solve_inputs(keys, clip_like(n, seed=2), [0.1])[0].of(weight, weight[:, 0]),
+    ):
+        assert change.whole == (n > D)
+        assert (change.dense is change.left) == (n > D)
+        assert error(change.dense, change.left @ change.right) <= 4 * EPS
 
 
 class TestNoLambda:

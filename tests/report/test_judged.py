@@ -180,7 +180,7 @@ def test_the_mean_takes_each_edit_once():
     assert 0 < whole.ua.low < 50
     assert whole.ira is None
     assert whole.changes["edited"].value == pytest.approx(-2.0, abs=1e-9)
-    assert mean(judged[:4]).ua == Figure(37.5, None, None, 4, 36)
+    assert mean(judged[:4]).ua == Figure(37.5, None, None, 4, 36, "edits")
 
 
 @pytest.mark.parametrize("number", [1, 3])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fasttrace.adapters.architectures import ARCHITECTURES
+from fasttrace.adapters.architectures import ARCHITECTURES, NOTES
 from fasttrace.adapters.load import json_object, loading_error, local_only, model_index, resolve
 from fasttrace.adapters.selection import select_sites
 from fasttrace.adapters.text import text_sites
@@ -17,6 +17,14 @@ from fasttrace.errors import ModelError, UsageError
 from fasttrace.types import Site
 
 _DEFAULT_WINDOW = 77  # CLIP's text length, where a configuration leaves it out
+# Component of a saved pipeline -> what it is called here, in the order their outputs are read.
+_PARTS = {
+    "unet": "unet",
+    "prior_prior": "prior",
+    "prior_text_encoder": "prior_text_encoder",
+    "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder_2",
+}
 
 
 def list_sites(
@@ -24,19 +32,35 @@ def list_sites(
 ) -> list[Site]:
     """Sites of a known architecture, a pipeline folder or a hub id, in execution order.
 
-    `name`: "sd14", "sd15", "openjourney", "sd21", "sdxl", "embedded", a folder, a hub id; only
-    configurations are read, the modules live on the meta device. `component`: "unet" or
-    "text_encoder" (every encoder). Raises `ModelError` for an unknown model, `UsageError` for
-    unknown sites or components.
+    `name`: one of `ARCHITECTURES` ("sd15", "sdxl", "kandinsky22", ...), "embedded", a folder, a hub
+    id; only configurations are read, the modules live on the meta device. `component`: "unet",
+    "text_encoder" (every encoder) or "prior" (Kandinsky's, which is listed and not traced). Raises
+    `ModelError` for an unknown model, `UsageError` for unknown sites or components.
     """
-    if component not in ("unet", "text_encoder"):
-        raise UsageError(f"Unknown component '{component}'; expected unet or text_encoder.")
+    if component not in ("unet", "text_encoder", "prior"):
+        raise UsageError(f"Unknown component '{component}'; expected unet, text_encoder or prior.")
     configs = configurations(name)
     if component == "unet":
-        found = unet_sites(configs["unet"], _window(configs["text_encoder"]))
+        encoders = [config for part, config in configs.items() if "text_encoder" in part]
+        found = unet_sites(configs["unet"], _window(encoders[0] if encoders else {}))
+    elif component == "prior":
+        if "prior" not in configs:
+            raise UsageError(f"'{name}' has no prior; Kandinsky 2.1 and 2.2 have one.")
+        found = prior_sites(configs["prior"])
     else:
         found = encoder_sites(configs)
+        if not found:
+            raise UsageError(f"The text encoder of '{name}' has no sites that fasttrace knows.")
     return select_sites(found, sites)
+
+
+def notes(name: str) -> tuple[str, ...]:
+    """Sentences that explain a listing: what its kinds of site are, what of it isn't traced."""
+    if name in ARCHITECTURES:
+        return NOTES.get(name, ())
+    kind = str(configurations(name)["unet"].get("addition_embed_type"))
+    like = {"image": "kandinsky22", "text_image": "kandinsky21", "text": "if"}.get(kind, "")
+    return NOTES.get(like, ())
 
 
 def configurations(name: str) -> dict[str, dict[str, Any]]:
@@ -48,10 +72,11 @@ def configurations(name: str) -> dict[str, dict[str, Any]]:
         index = model_index(source)
     else:
         index = _hub_json(source, "model_index.json")
-    parts = [p for p in ("unet", "text_encoder", "text_encoder_2") if _listed(index.get(p))]
-    if "unet" not in parts or "text_encoder" not in parts:
+    parts = [p for p in _PARTS if _listed(index.get(p))]
+    decodes = _listed(index.get("movq"))  # Kandinsky's decoder, whose text may be its prior's alone
+    if "unet" not in parts or not (decodes or any("text_encoder" in p for p in parts)):
         raise ModelError(f"'{name}' has no UNet with a text encoder; fasttrace can't trace it.")
-    return {p: _read(source, f"{p}/config.json") for p in parts}
+    return {_PARTS[p]: _read(source, f"{p}/config.json") for p in parts}
 
 
 def _listed(entry: Any) -> bool:
@@ -74,11 +99,26 @@ def unet_sites(config: dict[str, Any], window: int) -> list[Site]:
     return list(discover(unet, height, width, window).every)
 
 
+def prior_sites(config: dict[str, Any]) -> list[Site]:
+    """Sites of a prior as a denoiser. Its tokens: the text's, its pooled vector, time, image."""
+    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    length = int(config["num_embeddings"]) + int(config["additional_embeddings"])
+    names = [
+        (f"prior.transformer_blocks.{layer}.{kind}", kind)
+        for layer in range(int(config["num_layers"]))
+        for kind in ("attn1", "ff")
+    ]
+    return [
+        Site(name=name, kind=kind, component="prior", index=i, shape=(length, width))
+        for i, (name, kind) in enumerate(names)
+    ]
+
+
 def encoder_sites(configs: dict[str, dict[str, Any]]) -> list[Site]:
     joined = "text_encoder_2" in configs
     found: list[Site] = []
     for name, config in configs.items():
-        if name.startswith("text_encoder"):
+        if "text_encoder" in name:
             lacking = [k for k in ("num_hidden_layers", "hidden_size") if k not in config]
             if lacking:
                 raise ModelError(f"The configuration of {name} has no {', '.join(lacking)}.")
@@ -94,6 +134,8 @@ def encoder_sites(configs: dict[str, dict[str, Any]]) -> list[Site]:
 
 
 def _window(config: dict[str, Any]) -> int:
+    if "transformerDimensions" in config:  # has places for more than Kandinsky's pipeline reads
+        return _DEFAULT_WINDOW
     return int(config.get("max_position_embeddings", _DEFAULT_WINDOW))
 
 

@@ -76,11 +76,11 @@ def corrupt_text(model: Model, probe: Probe, corruption: Corruption, clean: Text
     """The corrupt conditional text; the unconditional half is the clean one's, untouched."""
     if corruption.kind == "output_noise":
         cond, pooled = _noisy_output(model, probe, corruption, clean)
-    else:
-        with ExitStack() as hooks:
-            enter_corruption(hooks, model, probe, corruption)
-            cond, pooled = encode_cond(model.pipe, corrupt_prompt(probe, corruption), model.device)
-    return replace(clean, cond=cond, pooled=pooled)
+        return replace(clean, cond=cond, pooled=pooled)
+    with ExitStack() as hooks:
+        enter_corruption(hooks, model, probe, corruption)
+        [corrupt] = model.encode([corrupt_prompt(probe, corruption)], clean)
+    return corrupt
 
 
 def corrupt_prompt(probe: Probe, corruption: Corruption) -> str:

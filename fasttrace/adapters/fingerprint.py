@@ -13,7 +13,16 @@ from torch import nn
 from fasttrace.adapters.scope import pipeline_modules
 
 # What a trace reads; a safety checker or an image encoder changes no score.
-_COUNTED = ("unet", "vae", "text_encoder", "text_encoder_2")
+_COUNTED = (
+    "unet",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "movq",
+    "prior_prior",
+    "prior_text_encoder",
+    "prior_image_encoder",  # gives the unconditional image embedding
+)
 
 
 def canonical_json(value: Any) -> str:
@@ -37,6 +46,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 def module_digest(module: nn.Module) -> str:
     """sha256 over a module's configuration and state, in the state's own order of names."""
+    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper renames every tensor
     state = module.state_dict()
     with ThreadPoolExecutor() as pool:  # hashlib releases the interpreter lock
         hashes = list(pool.map(tensor_digest, state.values()))
@@ -47,7 +57,7 @@ def fingerprint(pipe: Any) -> str:
     """sha256 over the pipeline's traced parts. One changed weight or token changes it."""
     parts = pipeline_modules(pipe)
     found: dict[str, Any] = {n: module_digest(parts[n]) for n in _COUNTED if n in parts}
-    for name in ("tokenizer", "tokenizer_2"):
+    for name in ("tokenizer", "tokenizer_2", "prior_tokenizer"):
         tokenizer = getattr(pipe, name, None)
         if tokenizer is not None:
             found[name] = digest([tokenizer.get_vocab(), tokenizer.model_max_length])

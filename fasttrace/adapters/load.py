@@ -17,15 +17,25 @@ from fasttrace.errors import FasttraceError, ModelError, UsageError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
+# What a Kandinsky decoder's model card names, diffusers loads with it: the prior, which reads text.
+_DECODERS = ("KandinskyPipeline", "KandinskyV22Pipeline")
 _PATIENCE = 5.0  # seconds until a hub that doesn't answer counts as out of reach
 
 
-def load(name: str, *, dtype: str | torch.dtype = "float32", device: str = "cpu") -> Any:
+def load(
+    name: str,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str = "cpu",
+    variant: str | None = None,
+) -> Any:
     """Load a diffusers pipeline in evaluation mode, without its safety checker.
 
     `name` is "embedded", a folder in diffusers' layout, or a hub id ("owner/model"; HF_HUB_OFFLINE
-    is respected). Raises `UsageError` for an unknown dtype or device string, `ModelError` for an
-    unknown model, a damaged folder, an offline hub or an absent device.
+    is respected). `variant` picks weight files by the word in their names, such as "fp16"; `dtype`
+    is what they become. A Kandinsky decoder comes with the prior that its card names. Raises
+    `UsageError` for an unknown dtype or device string, `ModelError` for an unknown model or
+    variant, a damaged folder, an offline hub or an absent device.
     """
     place, kind = parse_device(device), parse_dtype(dtype)
     source = resolve(name)
@@ -34,16 +44,25 @@ def load(name: str, *, dtype: str | torch.dtype = "float32", device: str = "cpu"
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the import warns that torchvision, not needed here, is absent
     try:
-        from diffusers import DiffusionPipeline, StableDiffusionPipeline  # noqa: F401
+        from diffusers import (  # noqa: F401
+            AutoPipelineForText2Image,
+            DiffusionPipeline,
+            StableDiffusionPipeline,
+        )
     finally:
         logging.set_verbosity(verbosity)
 
-    read: Any = DiffusionPipeline.from_pretrained
-
-    options: dict[str, Any] = {"dtype": kind, "local_files_only": local_only(source)}
-    if isinstance(source, Path) and "safety_checker" in model_index(source):
+    here: dict[str, Any] = {"local_files_only": local_only(source)}
+    options = {"dtype": kind, **here} | ({"variant": variant} if variant else {})
+    index = model_index(source) if isinstance(source, Path) else {}
+    if "safety_checker" in index:
         options |= {"safety_checker": None, "requires_safety_checker": False}
+    plain, joined = DiffusionPipeline, AutoPipelineForText2Image
     try:
+        if not isinstance(source, Path):
+            index = plain.load_config(str(source), **here)
+        in_two = index.get("_class_name") in _DECODERS and _has_card(source)
+        read: Any = (joined if in_two else plain).from_pretrained
         pipe = read(str(source), **options)
     except FasttraceError:
         raise
@@ -51,6 +70,10 @@ def load(name: str, *, dtype: str | torch.dtype = "float32", device: str = "cpu"
         raise loading_error(name, source, error) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(place)
+
+
+def _has_card(source: Path | str) -> bool:
+    return not isinstance(source, Path) or (source / "README.md").is_file()
 
 
 def resolve(name: str) -> Path | str:

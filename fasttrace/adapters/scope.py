@@ -15,6 +15,8 @@ from torch import nn
 
 from fasttrace.errors import ModelError
 
+# Run as they are; hooks go into all others, and don't reach inside compiled code.
+_DECODERS = ("vae", "movq")
 # Exact types only: diffusers' configurations are dict subclasses that refuse to be cleared.
 _COPIED = (dict, OrderedDict, list, set)
 
@@ -28,6 +30,8 @@ def pipeline_modules(pipe: Any) -> dict[str, nn.Module]:
 @contextmanager
 def scope(pipe: Any, *, keep_weights: bool = False) -> Iterator[None]:
     """Everything of `pipe` in evaluation mode, gradients off; all of it undone at the end.
+
+    Parts compiled with torch.compile, but for the decoder, run as the plain modules they wrap.
 
     Restores parameters, buffers, hooks, attention processors, training mode and any other attribute
     of every module, the scheduler's state, the global random generators and torch's flags, also
@@ -53,6 +57,9 @@ def scope(pipe: Any, *, keep_weights: bool = False) -> Iterator[None]:
         for part in modules.values():
             part.eval()
         torch.set_grad_enabled(False)
+        for name, part in modules.items():
+            if name not in _DECODERS:
+                _uncompile(pipe, name, part)
         yield
     finally:
         for step in reversed(undo):
@@ -74,6 +81,15 @@ def scope(pipe: Any, *, keep_weights: bool = False) -> Iterator[None]:
             f"{len(edited)} weights were edited in place inside a scope that keeps no copies; "
             "use scope(pipe, keep_weights=True) around code that edits weights."
         )
+
+
+def _uncompile(pipe: Any, name: str, part: nn.Module) -> None:
+    plain = getattr(part, "_orig_mod", None)
+    if isinstance(plain, nn.Module):
+        pipe.__dict__[name] = plain  # a pipeline's own setter rewrites its configuration
+    for module in part.modules():
+        if module._compiled_call_impl is not None:
+            module._compiled_call_impl = None
 
 
 def _attributes(holder: dict[str, Any]) -> Callable[[], None]:

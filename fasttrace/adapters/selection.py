@@ -7,10 +7,11 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from fasttrace.errors import UsageError
+from fasttrace.plugins import SITE_KINDS, plugins
 from fasttrace.types import Site
 
 EVERY = ("paper", "all")
-BEYOND = ("transformer", "block")  # kinds that "paper" leaves out
+BEYOND = ("transformer", "block")  # kinds that "paper" leaves out, beside registered ones
 
 
 def select_sites(known: Sequence[Site], wanted: str | Sequence[str]) -> list[Site]:
@@ -38,12 +39,13 @@ def _matching(known: Sequence[Site], word: str) -> list[Site]:
     text = word.strip()
     kind = text.removeprefix("all ").strip()
     kinds = list(dict.fromkeys(s.kind for s in known))
+    beyond = {*BEYOND, *plugins(SITE_KINDS)}
     if text in EVERY:
-        return [s for s in known if text == "all" or s.kind not in BEYOND]
+        return [s for s in known if text == "all" or s.kind not in beyond]
     found = [s for s in known if s.kind == kind]
     found = found or [s for s in known if text in _names(s)]
     matched = [s for s in known if any(fnmatchcase(n, text) for n in _names(s))]
-    found = found or [s for s in matched if s.kind not in BEYOND] or matched
+    found = found or [s for s in matched if s.kind not in beyond] or matched
     if found:
         return found
     if text.startswith("all "):

@@ -29,11 +29,14 @@ class Tokens:
         return tuple(range(len(self.ids), self.window))
 
 
-def tokenize(tokenizer: Any, prompt: str) -> Tokens:
-    """Token ids of `prompt`. Raises `UsageError` when they don't fit the text window."""
+def tokenize(tokenizer: Any, prompt: str, window: int | None = None) -> Tokens:
+    """Token ids of `prompt`. Raises `UsageError` when they don't fit the text window.
+
+    window: the padded length, where it isn't the tokenizer's own.
+    """
     # verbose=False: its own warning about long prompts is replaced by the error below.
     ids = tuple(int(i) for i in tokenizer(prompt, verbose=False).input_ids)
-    window = int(tokenizer.model_max_length)
+    window = window or int(tokenizer.model_max_length)
     if len(ids) > window:
         raise UsageError(
             f"The prompt has {len(ids) - 2} tokens but the text window holds {window - 2}: "
@@ -72,14 +75,16 @@ def character_span(prompt: str, subject: str, occurrence: int = 0) -> tuple[int,
     return found[occurrence]
 
 
-def token_span(tokenizer: Any, prompt: str, subject: str, occurrence: int = 0) -> Span:
+def token_span(
+    tokenizer: Any, prompt: str, subject: str, occurrence: int = 0, window: int | None = None
+) -> Span:
     """Token positions of the nth `subject` in the padded prompt.
 
     Fast tokenizers tell which characters a token covers; for slow ones the tokens before the
     subject are those that survive cutting the prompt there, and those after it likewise. Tokens
     that merge subject and neighbours belong to the span.
     """
-    tokens = tokenize(tokenizer, prompt)
+    tokens = tokenize(tokenizer, prompt, window)
     start, stop = character_span(prompt, subject, occurrence)
     if getattr(tokenizer, "is_fast", False):
         covers = tokenizer(prompt, return_offsets_mapping=True, verbose=False)["offset_mapping"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,35 +17,97 @@ KINDS = ("attn", "mlp", "hidden")
 
 @dataclass(frozen=True)
 class Text:
-    """What the denoiser reads of one prompt; the unconditional half is None without guidance."""
+    """What the denoiser reads of one prompt; the unconditional half is None without guidance.
 
-    cond: Tensor  # [1, n, D]
-    pooled: Tensor | None = None  # [1, P], SDXL only
+    cond [1, n, D]; of Kandinsky 2.2 the image embedding [1, E], all that its decoder reads. pooled
+    [1, P]: SDXL's, and Kandinsky 2.1's. image [1, E]: Kandinsky 2.1's beside its text.
+    """
+
+    cond: Tensor
+    pooled: Tensor | None = None
     uncond: Tensor | None = None
     uncond_pooled: Tensor | None = None
+    image: Tensor | None = None
+    uncond_image: Tensor | None = None
+    origin: Any = None  # what a family needs to encode other prompts for the same (prompt, seed)
+
+    @property
+    def alone(self) -> Text:
+        """Without its unconditional half."""
+        return replace(self, uncond=None, uncond_pooled=None, uncond_image=None)
+
+    def rows(
+        self, cond: Tensor, pooled: Tensor | None = None, image: Tensor | None = None
+    ) -> list[Text]:
+        """A text for each row of other prompts' conditional halves."""
+        return [
+            replace(self, cond=cond[i : i + 1], pooled=_row(pooled, i), image=_row(image, i))
+            for i in range(len(cond))
+        ]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a text encoder lie, as paths from its core, or from one of its layers.
+
+    attn, mlp: the modules whose outputs are added to the stream. causal: whether a token sees
+    earlier ones alone.
+    """
+
+    words: str
+    layers: str
+    attn: str
+    mlp: str
+    causal: bool
+
+
+CLIP = Layout("embeddings.token_embedding", "encoder.layers", "self_attn", "mlp", causal=True)
+ROBERTA = Layout(
+    "embeddings.word_embeddings",
+    "encoder.layer",
+    "attention.output.dense",
+    "output.dense",
+    causal=False,
+)
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """One text encoder with its tokenizer."""
+    """One text encoder with its tokenizer.
 
-    name: str  # "text_encoder" or "text_encoder_2"
+    penultimate: the denoiser reads the layer before the last (SDXL). to_end: what stands behind the
+    end token is masked where it is read (Kandinsky's prior). window: of the text, where it isn't
+    the tokenizer's own.
+    """
+
+    name: str  # "text_encoder", "text_encoder_2", "prior_text_encoder"
     module: Any
     tokenizer: Any
     pipe: Any
-    penultimate: bool  # the denoiser reads the layer before the last (SDXL)
+    penultimate: bool = False
+    to_end: bool = False
+    fixed_window: int | None = None
 
     @property
     def core(self) -> Any:
-        """The module with `embeddings` and `encoder.layers`.
+        """The module with the embeddings and the layers.
 
         Under `.text_model` in transformers before 5.6, and still for encoders with a projection.
         """
         return text_core(self.module)
 
     @property
+    def layout(self) -> Layout:
+        return CLIP if hasattr(self.core.encoder, "layers") else ROBERTA
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees earlier ones alone."""
+        return self.layout.causal
+
+    @property
     def layers(self) -> Any:
-        return self.core.encoder.layers
+        return self.core.get_submodule(self.layout.layers)
 
     @property
     def width(self) -> int:
@@ -53,8 +115,13 @@ class TextEncoder:
         return int(self.module.config.hidden_size)
 
     @property
+    def window(self) -> int:
+        """Padded length of a text."""
+        return self.fixed_window or int(self.tokenizer.model_max_length)
+
+    @property
     def word_embedding(self) -> nn.Module:
-        module: nn.Module = self.core.embeddings.token_embedding
+        module: nn.Module = self.core.get_submodule(self.layout.words)
         return module
 
     @property
@@ -68,10 +135,11 @@ class TextEncoder:
         return prompt if convert is None else str(convert(prompt, self.tokenizer))
 
     def tokens(self, prompt: str) -> Tokens:
-        return tokenize(self.tokenizer, self.convert(prompt))
+        return tokenize(self.tokenizer, self.convert(prompt), self.window)
 
     def span(self, prompt: str, subject: str, occurrence: int = 0) -> Span:
-        return token_span(self.tokenizer, self.convert(prompt), self.convert(subject), occurrence)
+        prompt, subject = self.convert(prompt), self.convert(subject)
+        return token_span(self.tokenizer, prompt, subject, occurrence, self.window)
 
     def word_rows(self, prompt: str, span: Span) -> Tensor:
         """Embedding rows [span, D] of the span's tokens, float32."""
@@ -84,7 +152,7 @@ class TextEncoder:
         return text_sites(
             self.name,
             len(self.layers),
-            int(self.tokenizer.model_max_length),
+            self.window,
             self.width,
             penultimate=self.penultimate,
             pooled=self.has_pooled,
@@ -94,8 +162,8 @@ class TextEncoder:
         """The module behind each site name."""
         found: dict[str, nn.Module] = {}
         for i, layer in enumerate(self.layers):
-            found[f"{self.name}.layers.{i}.self_attn"] = layer.self_attn
-            found[f"{self.name}.layers.{i}.mlp"] = layer.mlp
+            found[f"{self.name}.layers.{i}.self_attn"] = layer.get_submodule(self.layout.attn)
+            found[f"{self.name}.layers.{i}.mlp"] = layer.get_submodule(self.layout.mlp)
             found[f"{self.name}.layers.{i}"] = layer
         return found
 
@@ -105,13 +173,20 @@ class TextEncoder:
         The pooled vector is read at the end token alone, so a last layer that acts only through it
         acts only there.
         """
+        if self.to_end and token > eos:
+            return False
         return site.reaches == "denoiser" or (site.reaches == "pooled" and token == eos)
 
 
 def text_core(module: nn.Module) -> Any:
-    """The part of a CLIP text model that owns the layers. Raises `ModelError` for other layouts."""
-    for part in (module, getattr(module, "text_model", None)):
-        if hasattr(part, "embeddings") and hasattr(getattr(part, "encoder", None), "layers"):
+    """The part of a text model that owns the layers, of CLIP or of Kandinsky 2.1's XLM-Roberta.
+
+    Raises `ModelError` for other layouts.
+    """
+    inner = (getattr(module, name, None) for name in ("text_model", "transformer"))
+    for part in (module, *inner):
+        layers = {"layers", "layer"} & set(dir(getattr(part, "encoder", None)))
+        if hasattr(part, "embeddings") and layers:
             return part
     raise ModelError(
         f"The text encoder {type(module).__name__} has no CLIP layout (embeddings, encoder.layers)."
@@ -144,24 +219,30 @@ def text_sites(
 
 
 def find_encoders(pipe: Any) -> list[TextEncoder]:
-    """The pipeline's text encoders in the order their outputs are joined."""
+    """The text encoders of a Stable Diffusion pipeline in the order their outputs are joined."""
     names = [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")]
     present = [(e, t) for e, t in names if getattr(pipe, e, None) is not None]
     joined = hasattr(pipe, "text_encoder_2")
-    found = [
+    return [
         TextEncoder(e, getattr(pipe, e), getattr(pipe, t), pipe, penultimate=joined)
         for e, t in present
     ]
-    for encoder in found:
-        places = text_core(encoder.module).embeddings.position_embedding.num_embeddings
-        window = int(encoder.tokenizer.model_max_length)
-        if window > places:
-            raise ModelError(
-                f"The tokenizer of {encoder.name} gives up to {window} tokens, but the encoder has "
-                f"places for {places}: the tokenizer's files are missing or belong to another "
-                "model."
-            )
-    return found
+
+
+def check_places(encoder: TextEncoder) -> None:
+    """Raise `ModelError` for a tokenizer that gives more tokens than the encoder has places for."""
+    places = encoder.core.embeddings
+    count = (
+        places.position_embedding.num_embeddings
+        if encoder.layout is CLIP
+        # The first places are for padding.
+        else places.position_embeddings.num_embeddings - places.padding_idx - 1
+    )
+    if encoder.window > count:
+        raise ModelError(
+            f"The tokenizer of {encoder.name} gives up to {encoder.window} tokens, but the encoder "
+            f"has places for {count}: the tokenizer's files are missing or belong to another model."
+        )
 
 
 def encode_cond(
@@ -190,3 +271,7 @@ def encode_uncond(
         negative_prompt=negative_prompt or None,
     )
     return out[1], (out[3] if len(out) == 4 else None)
+
+
+def _row(tensor: Tensor | None, i: int) -> Tensor | None:
+    return None if tensor is None else tensor[i : i + 1]

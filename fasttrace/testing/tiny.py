@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import (
@@ -43,41 +43,54 @@ _SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {
     "PNDM": {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1},
     "DDIM": {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1},
 }
+# Each family's own scheduler, with what it sets besides.
+_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd": ("PNDM", {}),
+    "sd21": ("DDIM", {"prediction_type": "v_prediction"}),
+    "sdxl": ("PNDM", {}),
+    "sdxl-turbo": ("EulerAncestralDiscrete", {"timestep_spacing": "trailing"}),
+    "kandinsky21": ("DDIM", {}),
+    "kandinsky22": ("DDPM", {"variance_type": "learned_range", "clip_sample": False}),
+}
+Name = Literal["sd", "sd21", "sdxl", "sdxl-turbo", "kandinsky21", "kandinsky22"]
+FAMILIES: tuple[Name, ...] = get_args(Name)
 
 
 def tiny_pipeline(
-    family: Literal["sd", "sdxl"] = "sd",
+    family: Name = "sd",
     folder: Path | str | None = None,
     seed: int = 0,
-    scheduler: str = "PNDM",
+    scheduler: str | None = None,
 ) -> Any:
     """A pipeline with random weights: 16x16 pictures, two UNet levels, three text layers.
 
-    `family` "sd" is a StableDiffusionPipeline, "sdxl" has two encoders and pooled text. `scheduler`
-    is a diffusers class without its "Scheduler" ("PNDM", "DDIM", "HeunDiscrete", ...). With a
-    folder the pipeline is saved there and loaded again, as a user would. The global random
-    generator is left alone.
+    `family` "sd" is a StableDiffusionPipeline; "sd21" predicts velocities and has linear
+    projections; "sdxl" and "sdxl-turbo" have two encoders and pooled text; Kandinsky 2.1 and 2.2
+    have a prior and a decoder, 2.1 a multilingual encoder. `scheduler` is a diffusers class without
+    its "Scheduler" ("PNDM", "DDIM", "HeunDiscrete", ...); None is the family's own. With a folder
+    the pipeline is saved there and loaded again, as a user would. The global random generator is
+    left alone.
     """
+    own, extra = _SCHEDULERS[family]
+    extra = extra if scheduler is None else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts: dict[str, Any] = {
-            "vae": _vae(),
-            "tokenizer": tiny_tokenizer(),
-            "text_encoder": _text_encoder(CLIPTextModel),
-            "unet": _unet(family),
-            "scheduler": make_scheduler(scheduler),
-        }
-        if family == "sdxl":
-            parts["tokenizer_2"] = tiny_tokenizer()
-            parts["text_encoder_2"] = _text_encoder(CLIPTextModelWithProjection)
+        build: Any
+        parts: dict[str, Any]
+        if family in ("kandinsky21", "kandinsky22"):
+            from fasttrace.testing.tiny_kandinsky import kandinsky_parts
+
+            build, parts = kandinsky_parts(multilingual=family == "kandinsky21")
+        else:
+            build, parts = _stable_parts(family)
+        parts["scheduler"] = make_scheduler(scheduler or own, **extra)
         for part in parts.values():
             if isinstance(part, torch.nn.Module):
                 _spread(part)
-    build: Any
-    if family == "sdxl":
-        build, options = StableDiffusionXLPipeline, {"add_watermarker": False}
-    else:
-        build = StableDiffusionPipeline
+    options: dict[str, Any] = {}
+    if build is StableDiffusionXLPipeline:
+        options = {"add_watermarker": False}
+    elif build is StableDiffusionPipeline:
         options = {"requires_safety_checker": False}
         parts |= {"safety_checker": None, "feature_extractor": None}
     pipe = build(**parts, **options)
@@ -131,13 +144,30 @@ def tiny_tokenizer() -> Any:
     return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=WINDOW)
 
 
-def make_scheduler(name: str) -> Any:
+def make_scheduler(name: str, **extra: Any) -> Any:
     """One of diffusers' schedulers with Stable Diffusion's noise schedule."""
     build = getattr(schedulers, f"{name}Scheduler")
-    return build(**_NOISE, **_SCHEDULER_OPTIONS.get(name, {}))
+    return build(**{**_NOISE, **_SCHEDULER_OPTIONS.get(name, {}), **extra})
 
 
-def _text_config() -> Any:
+def _stable_parts(family: str) -> tuple[Any, dict[str, Any]]:
+    """The pipeline's class and its parts, without a scheduler."""
+    two = family.startswith("sdxl")
+    # OpenCLIP's activation in 2.1, OpenAI's elsewhere.
+    first = _text_encoder(CLIPTextModel, "gelu" if family == "sd21" else "quick_gelu")
+    parts: dict[str, Any] = {
+        "vae": _vae(),
+        "tokenizer": tiny_tokenizer(),
+        "text_encoder": first,
+        "unet": _unet(family),
+    }
+    if two:
+        parts["tokenizer_2"] = tiny_tokenizer()
+        parts["text_encoder_2"] = _text_encoder(CLIPTextModelWithProjection)
+    return (StableDiffusionXLPipeline if two else StableDiffusionPipeline), parts
+
+
+def _text_config(hidden_act: str = "quick_gelu") -> Any:
     tokenizer = tiny_tokenizer()
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -147,14 +177,15 @@ def _text_config() -> Any:
         num_attention_heads=2,
         max_position_embeddings=WINDOW,
         projection_dim=_WIDTH,
+        hidden_act=hidden_act,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
 
 
-def _text_encoder(kind: Any) -> Any:
-    return kind(_text_config())
+def _text_encoder(kind: Any, hidden_act: str = "quick_gelu") -> Any:
+    return kind(_text_config(hidden_act))
 
 
 def _vae() -> Any:
@@ -179,7 +210,9 @@ def _unet(family: str) -> Any:
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }
-    if family == "sdxl":
+    if family == "sd21":
+        options |= {"use_linear_projection": True, "attention_head_dim": (2, 4)}
+    elif family.startswith("sdxl"):
         options |= {
             "cross_attention_dim": 2 * _WIDTH,
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -195,9 +228,18 @@ def _unet(family: str) -> Any:
 
 def _spread(module: torch.nn.Module) -> None:
     """Larger weights where text enters: as initialised, a prompt hardly moves the picture."""
-    factors = {"attn2.to_v": 4.0, "attn2.to_q": 3.0, "token_embedding": 20.0, "out_proj": 2.0}
+    factors = {
+        "attn2.to_v": 4.0,
+        "attn2.to_q": 3.0,
+        "add_v_proj": 4.0,
+        "to_q": 3.0,
+        "token_embedding": 20.0,
+        "word_embeddings": 20.0,
+        "out_proj": 2.0,
+    }
     with torch.no_grad():
         for name, weight in module.named_parameters():
             for part, factor in factors.items():
                 if part in name and name.endswith("weight"):
                     weight.mul_(factor)
+                    break

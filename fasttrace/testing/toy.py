@@ -106,6 +106,12 @@ class ToyModel:
     def guided(self, sampling: Sampling) -> bool:
         return sampling.guidance > 1
 
+    def guide(self, prediction: Tensor, sampling: Sampling) -> Tensor:
+        if not self.guided(sampling):
+            return prediction
+        uncond, cond = prediction.chunk(2)
+        return uncond + sampling.guidance * (cond - uncond)
+
     def conditioning(self, text: Text, sampling: Sampling, copies: int = 1) -> dict[str, Any]:
         halves = [h for h in (text.uncond, text.cond) if h is not None]
         return {"encoder_hidden_states": torch.cat([h for h in halves for _ in range(copies)])}

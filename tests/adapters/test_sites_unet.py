@@ -1,25 +1,83 @@
 """Which sites there are, in which order and of which shape."""
 
+from collections import Counter
 from itertools import pairwise
 
 import pytest
 import torch
 
-from fasttrace.adapters.catalogue import list_sites
+from fasttrace.adapters.catalogue import list_sites, notes
 from fasttrace.adapters.hooks import watching
 from fasttrace.adapters.pipeline import Model
 from fasttrace.adapters.scope import scope
 from fasttrace.adapters.selection import select_sites
+from fasttrace.errors import UsageError
 
 STAGES = ("down", "mid", "up")
 
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("sd14", 70), ("sd15", 70), ("openjourney", 70), ("sd21", 70), ("sdxl", 227)],
+    [
+        ("sd14", 70),
+        ("sd15", 70),
+        ("openjourney", 70),
+        ("sd21", 70),
+        ("sdxl", 227),
+        ("sdxl-turbo", 227),
+    ],
 )
 def test_the_authors_own_counts(name, count):
     assert len(list_sites(name)) == count
+
+
+@pytest.mark.parametrize("name", ["kandinsky21", "kandinsky22", "if"])
+def test_attention_with_added_keys_and_values(name):
+    """12 resnets and 9 attentions on the way down, 2 and 1 in the middle, 16 and 12 up."""
+    sites = list_sites(name)
+    assert Counter(s.kind for s in sites) == {"resnet": 30, "added_kv": 22}
+    assert sites[0].shape[1:] == (64, 64)
+    middle = [s.name for s in sites if "mid_block" in s.name]
+    assert middle == [
+        f"unet.mid_block.{part}" for part in ("resnets.0", "attentions.0", "resnets.1")
+    ]
+    first = next(s for s in sites if s.kind == "added_kv")
+    assert first.name == "unet.down_blocks.1.attentions.0"
+    assert first.aliases == ("added-kv-0-down",)
+    assert any("added_kv" in sentence for sentence in notes(name))
+    assert len(list_sites(name, sites="added_kv")) == 22
+
+
+def test_what_is_listed_and_not_traced():
+    for name in ("kandinsky21", "kandinsky22"):
+        prior = list_sites(name, "prior")
+        assert Counter(s.kind for s in prior) == {"attn1": 20, "ff": 20}
+        assert prior[-1].name == "prior.transformer_blocks.19.ff"
+        assert any("40 sites (20 attn1, 20 ff)" in s and "not traced" in s for s in notes(name))
+    assert any("not traced" in sentence for sentence in notes("if"))
+    assert notes("sd15") == ()
+    with pytest.raises(UsageError, match="'sdxl' has no prior"):
+        list_sites("sdxl", "prior")
+    with pytest.raises(UsageError, match="text encoder of 'if' has no sites"):
+        list_sites("if", "text_encoder")
+
+
+def test_text_encoders_of_kandinsky():
+    """2.1: CLIP-L in the prior, XLM-Roberta in the decoder. 2.2: bigG in the prior."""
+    both = Counter(s.component for s in list_sites("kandinsky21", "text_encoder"))
+    assert both == {"prior_text_encoder": 3 * 12, "text_encoder": 3 * 24}
+    assert Counter(s.component for s in list_sites("kandinsky22", "text_encoder")) == {
+        "prior_text_encoder": 3 * 32
+    }
+
+
+@pytest.mark.parametrize("family", ["sd21", "sdxl-turbo", "kandinsky21", "kandinsky22"])
+def test_a_folder_lists_what_its_pipeline_has(family, folders, loaded):
+    model = Model(loaded(family))
+    assert list_sites(str(folders[family])) == list(model.sites(16, 16).sites)
+    own = [site for encoder in model.encoders for site in encoder.sites()]
+    assert list_sites(str(folders[family]), "text_encoder") == own
+    assert bool(notes(str(folders[family]))) == family.startswith("kandinsky")
 
 
 def test_sd15_in_detail():

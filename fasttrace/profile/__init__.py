@@ -1,0 +1,1 @@
+"""Where a trace's time goes: the compiled graphs with a clock between their operators."""

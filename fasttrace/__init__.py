@@ -10,28 +10,40 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "Activations",
     "Corruption",
     "Edit",
     "Editor",
     "Metric",
+    "PlanRequest",
     "Probe",
     "Replacement",
+    "Source",
     "Tracer",
     "__version__",
     "load",
     "load_edit",
+    "parse_plan",
+    "read_plan",
+    "record",
 ]
 
 _HOMES = {
+    "Activations": "fasttrace.store.activations",
     "Corruption": "fasttrace.types",
     "Edit": "fasttrace.edit.edit",
     "Editor": "fasttrace.edit.editor",
     "Metric": "fasttrace.types",
+    "PlanRequest": "fasttrace.plan.request",
     "Probe": "fasttrace.types",
     "Replacement": "fasttrace.edit.phrases",
+    "Source": "fasttrace.plan.sources",
     "Tracer": "fasttrace.tracer",
     "load": "fasttrace.adapters.load",
     "load_edit": "fasttrace.edit.export",
+    "parse_plan": "fasttrace.plan.request",
+    "read_plan": "fasttrace.plan.request",
+    "record": "fasttrace.recording",
 }
 
 if TYPE_CHECKING:
@@ -40,6 +52,10 @@ if TYPE_CHECKING:
     from fasttrace.edit.editor import Editor
     from fasttrace.edit.export import load_edit
     from fasttrace.edit.phrases import Replacement
+    from fasttrace.plan.request import PlanRequest, parse_plan, read_plan
+    from fasttrace.plan.sources import Source
+    from fasttrace.recording import record
+    from fasttrace.store.activations import Activations
     from fasttrace.tracer import Tracer
     from fasttrace.types import Corruption, Metric, Probe
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from fasttrace.adapters.corruption import corrupt_prompt, resolve
@@ -18,12 +19,14 @@ from fasttrace.plan import options
 from fasttrace.plan.build import Setting, build_plan, sampling_json
 from fasttrace.plan.lanes import Planned, swap_lanes, text_lanes, unet_lanes
 from fasttrace.plan.plan import Plan
+from fasttrace.plan.sources import Asked, Written, parse_sources
 from fasttrace.plan.windows import resolve_windows
 from fasttrace.types import Corruption, Metric, Probe, Sampling, Site
 
 if TYPE_CHECKING:
     import torch
 
+MOST_NOISE = 2 << 30  # bytes of first latents that one plan holds
 Seeds = int | Sequence[int] | Mapping[Probe, Sequence[int]] | None
 
 
@@ -72,6 +75,8 @@ class Planner:
         branch: str = "cond",
         window: Any = None,
         metric: str | Metric | Callable[..., Any] | Sequence[Any] | None = None,
+        source: Asked = "clean",
+        base: str = "corrupt",
     ) -> Plan:
         """Everything the trace will ask, before anything heavy runs; `UsageError` on bad input.
 
@@ -90,13 +95,22 @@ class Planner:
         metric: a registered key ("clip_score", "picture_similarity", "latent_distance",
             "latent_recovery", "attribute", "clip:<folder or hub id>"), a record, a callable,
             several.
+        source: what is written: "clean", "zero", "mean", "prompt:<text>" or a `Source`, or several.
+        base: the run it is written into. On "clean" an effect is what is lost: clean - score.
         """
         options.parse_choice(component, options.COMPONENTS, "component")
+        options.parse_choice(base, ("corrupt", "clean"), "base")
+        sources = parse_sources(source, base)
         captions = options.parse_probes(probes)
         for probe in captions:
             options.check_text(self.model, probe)
         asked = options.parse_corruption(corruption)
         of_text = component == "text_encoder"
+        if asked.kind == "output_noise" and not self.model.family.swaps_text:
+            raise UsageError(
+                "Corruption 'output_noise' is noise on the text that the denoiser reads, and "
+                "Kandinsky's reads an image embedding; use 'embedding_noise' or 'replace'."
+            )
         if of_text and asked.kind == "output_noise":
             raise UsageError(
                 "Corruption 'output_noise' comes after every text-encoder site, so no site could "
@@ -116,6 +130,9 @@ class Planner:
         calls = len(self.model.scheduler(sampling.steps).timesteps)
         found = options.parse_branch(branch, self.model.guided(sampling))
         windows = resolve_windows(window, calls)
+        for prompt in {one.prompt for one in sources if one.prompt}:
+            options.check_text(self.model, Probe(prompt, ""), with_subject=False)
+        written = Written(sources, 1 if of_text else calls)
         for probe in captions if asked.replacement else ():
             corrupt = replace(probe, prompt=corrupt_prompt(probe, asked))
             options.check_text(self.model, corrupt, with_subject=False)
@@ -123,21 +140,25 @@ class Planner:
             resolved = resolve(self.model, captions, asked)
         if of_text:
             chosen = self.sites(component, sites)
+            written.check(chosen)
 
             def lanes_of(probe: Probe) -> list[Planned]:
-                return text_lanes(self.model, probe, chosen, tokens, resolved)
+                return text_lanes(self.model, probe, chosen, tokens, resolved, written)
         else:
             layout = self._layout(sampling.height, sampling.width)
             chosen = select_sites(layout.every, sites)
-            pooled = self.model.two_texts
-            unet = unet_lanes(chosen, found, windows, calls, layout, pooled=pooled)
+            written.check(chosen)
+            pooled = self.model.family.reads_pooled
+            unet = unet_lanes(chosen, found, windows, calls, layout, pooled=pooled, written=written)
 
             def lanes_of(probe: Probe) -> list[Planned]:
                 return unet
 
+        # What an effect is measured from is part of what a row is; an ordinary one says nothing.
+        about = asdict(resolved) | ({} if base == "corrupt" else {"base": base})
         return build_plan(
             self.model,
-            setting=self._setting(component, canonical_json(asdict(resolved)), sampling),
+            setting=self._setting(component, canonical_json(about), sampling),
             probes=captions,
             starts=starts,
             seeds_of=seeds_of,
@@ -146,7 +167,15 @@ class Planner:
             metrics=self.metrics.resolve(metric, captions),
             calls=calls,
             lanes_of=lanes_of,
-            extra={"sites": len(chosen), "branch": found, "windows": [list(w) for w in windows]},
+            extra={
+                "sites": len(chosen),
+                "branch": found,
+                "windows": [list(w) for w in windows],
+                "sources": [one.title for one in sources],
+                "base": base,
+            },
+            base=base,
+            tensors=written.tensors,
         )
 
     def plan_swap(
@@ -169,6 +198,11 @@ class Planner:
         metric: Any = None,
     ) -> Plan:
         """The plan of a `swap`; arguments as in `plan`. The probes' subjects may be empty."""
+        if not self.model.family.swaps_text:
+            raise UsageError(
+                "A swap gives cross-attention layers another prompt's text; Kandinsky's attention "
+                "reads an image embedding beside the picture, so it has none to swap."
+            )
         captions = options.parse_probes(probes)
         for probe in captions:
             options.check_text(self.model, probe, with_subject=bool(probe.subject))
@@ -196,6 +230,7 @@ class Planner:
             lanes_of=lambda _probe: lanes,
             extra={"sites": len(lanes), "branch": found, "windows": [list(w) for w in windows]},
             other_prompt=other_prompt,
+            base="clean",
         )
 
     def _layout(self, height: int, width: int) -> UnetSites:
@@ -209,7 +244,9 @@ class Planner:
             dtype=str(self.model.dtype).removeprefix("torch."),
             component=component,
             corruption=corruption,
-            sampling=sampling_json(sampling, self.model.pipe.scheduler),
+            sampling=sampling_json(
+                sampling, self.model.pipe.scheduler, self.model.family.sampling_facts()
+            ),
         )
 
     def _starts(
@@ -232,6 +269,12 @@ class Planner:
         for name, count in (("generators", len(given)), ("latents", _rows(latents))):
             if count is not None and count != len(numbers) and (name == "latents" or given):
                 raise UsageError(f"{count} {name} were given for {len(numbers)} seeds.")
+        size = 4 * len(numbers) * prod(self.model.latent_shape(sampling))
+        if size > MOST_NOISE:
+            raise UsageError(
+                f"The first latents of {len(numbers)} seeds take {size >> 30} GiB at this size; "
+                "split them into several plans."
+            )
         starts = {
             seed: self.model.start(
                 sampling,

@@ -15,7 +15,7 @@ from fasttrace.adapters.pipeline import Model
 from fasttrace.engine.base import CLEAN, CORRUPT, FLOOR, Finished
 from fasttrace.errors import ModelError
 from fasttrace.plan.plan import Plan, PlannedRow
-from fasttrace.types import Lane, Metric, MetricContext, Probe, Row, pair_pictures
+from fasttrace.types import Lane, Metric, MetricContext, Probe, Row, Sampling, pair_pictures
 
 PORTION = 1 << 20  # pixels decoded at a time: one picture of 1024 x 1024, many small ones
 Pictures = dict[str, Tensor]  # name (no suffix) -> float picture [3, H, W] in [0, 1] on the CPU
@@ -126,16 +126,16 @@ class RowWriter:
     gave_pair: bool = False  # whether the clean and the corrupt picture went out
 
     def row(self, planned: PlannedRow, run: str) -> Row:
-        """`run` names the scored run of this row, "corrupt" where none was needed."""
+        """`run` names the scored run of this row, the base run where none was needed."""
         plan, manifest = self.plan, self.plan.manifest
         probe, scores = plan.probes[planned.probe], self.scorer.scores
         metric = next(m for m in plan.metrics if m.key == planned.metric)
         clean, corrupt = scores[CLEAN][metric.key], scores[CORRUPT][metric.key]
         score = scores[run][metric.key]
         turn = 1 if metric.higher_is_closer else -1
-        swap = plan.other_prompt is not None
+        swap, lost = plan.other_prompt is not None, plan.base == CLEAN
         total = turn * (clean - corrupt)
-        effect = turn * (clean - score if swap else score - corrupt)
+        effect = turn * (clean - score if lost else score - corrupt)
         first, last = planned.lane.patches[0], planned.lane.patches[-1]
         start, stop = first.selector.window or (0, plan.calls)
         name = first.site.name if first == last else f"{first.site.name}..{last.site.name}"
@@ -197,7 +197,7 @@ class PairRows:
             self.started = True
             for row in self.planned:
                 if row.status != "run":
-                    yield self._row(row, CORRUPT)
+                    yield self._row(row, self.writer.plan.base)
         for run in runs:
             for row in self.of_run.get(run, ()):
                 yield self._row(row, run)
@@ -253,9 +253,13 @@ def _decoded(model: Model, pairs: Sequence[PairRows], finished: Finished) -> Ten
     writer = pairs[0].writer
     if not writer.keep_pictures and all(m.needs == "latent" for m in writer.plan.metrics):
         return None
-    sampling = writer.plan.sampling
+    return decode_in_parts(model, finished.latents, writer.plan.sampling)
+
+
+def decode_in_parts(model: Model, latents: Tensor, sampling: Sampling) -> Tensor:
+    """Pictures [B, 3, H, W] of latents, as many at a time as memory is sure to hold."""
     at_once = max(1, PORTION // (sampling.height * sampling.width))
-    return torch.cat([model.decode(part) for part in finished.latents.split(at_once)])
+    return torch.cat([model.decode(part) for part in latents.split(at_once)])
 
 
 def lanes_of(planned: Sequence[PlannedRow]) -> tuple[Lane, ...]:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
-from itertools import groupby
+from itertools import chain, groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasttrace.adapters.corruption import corrupt_text
 from fasttrace.adapters.pipeline import Model
 from fasttrace.adapters.scope import scope
-from fasttrace.adapters.text import encode_cond
+from fasttrace.adapters.text import Text
 from fasttrace.engine.base import CLEAN, CORRUPT, Engine, Pair
 from fasttrace.engine.fast import FastEngine
 from fasttrace.engine.options import Options
 from fasttrace.engine.reference import ReferenceEngine
+from fasttrace.engine.sources import PROMPT, prompts_of
 from fasttrace.engine.text_lanes import TextLanes
 from fasttrace.errors import UsageError
+from fasttrace.pictures import OUTPUTS, outputs
 from fasttrace.plan.options import parse_choice
 from fasttrace.plan.plan import Plan, PlannedRow
 from fasttrace.planner import Planner
@@ -26,13 +29,18 @@ from fasttrace.rows import PairRows, Pictures, RowWriter, Scorer, lanes_of, rows
 from fasttrace.types import Probe, Row
 
 if TYPE_CHECKING:
+    from fasttrace.attribution.estimators import Estimator
+    from fasttrace.attribution.result import Screen
     from fasttrace.engine.predict import Prediction
+    from fasttrace.plan.request import PlanRequest
     from fasttrace.report.result import Result
 
 ENGINES: dict[str, Callable[..., Engine]] = {
     "reference": ReferenceEngine,
     "fast": FastEngine,
 }
+
+OnStep = Callable[[Any, int, Any, dict[str, Any]], Any]
 
 _PROBES_HAVE_THEIR_OWN = (
     "A probe has its own subject, attribute, occurrence and negative prompt: put them into the "
@@ -41,7 +49,7 @@ _PROBES_HAVE_THEIR_OWN = (
 
 
 class Tracer(Planner):
-    """Traces any loaded diffusers pipeline of the Stable Diffusion families; leaves it as it was.
+    """Traces a loaded diffusers pipeline (Stable Diffusion, Kandinsky); leaves it as it was.
 
     `engine` is "fast" (many lanes in one compiled step) or "reference" (diffusers modules and plain
     hooks, one run after another: the definition). `options` are the fast engine's, the fields of
@@ -65,7 +73,9 @@ class Tracer(Planner):
         done: Callable[[str], bool] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         pictures: bool = True,
-    ) -> Iterator[tuple[Row, Pictures]]:
+        callback_on_step_end: OnStep | None = None,
+        output_type: str = "pt",
+    ) -> Iterator[tuple[Row, dict[str, Any]]]:
         """Run the plan and yield each row as soon as it is known.
 
         Pairs come in the plan's order, so many together as the engine takes; among those, rows come
@@ -77,7 +87,12 @@ class Tracer(Planner):
         `fasttrace.types.pair_pictures(row)` gives. A row that needed no run points to the corrupt
         picture. With `pictures=False` it is empty and `row.picture` is None.
         `on_progress(done, total)` is called after every row, skipped ones included.
+        `callback_on_step_end(pipe, call, timestep, {"lanes": n})` is called after each denoiser
+        call of a batch of n runs, clean and corrupt ones too; its answer is not read, and an error
+        in it stops the trace. output_type: pictures as "pt" [3, H, W] in [0, 1], "np" [H, W, 3] or
+        "pil".
         """
+        parse_choice(output_type, OUTPUTS, "output_type")
         if plan.manifest["fingerprint"] != self.fingerprint:
             raise UsageError("The model's weights changed since the plan was made; plan again.")
         finished = 0
@@ -94,12 +109,45 @@ class Tracer(Planner):
                 on_progress(finished, plan.total)
             if len(waiting) < self.engine.at_once and number < len(groups):
                 continue
-            for found in self._rows_of_pairs(plan, waiting, pictures) if waiting else ():
+            rows_now = self._rows_of_pairs(plan, waiting, pictures, callback_on_step_end)
+            for row, found in rows_now if waiting else ():
                 finished += 1
                 if on_progress is not None:
                     on_progress(finished, plan.total)
-                yield found
+                yield row, outputs(found, output_type)
             waiting = []
+
+    def plans(self, request: PlanRequest, folder: Path | str | None = None) -> list[Plan]:
+        """Plans of a request, one a component; folder: where its tensor files lie."""
+        from fasttrace.requested import plans_of
+
+        if request.engine.name != self.engine.name:
+            raise UsageError(
+                f"The plan asks for the {request.engine.name} engine and this tracer has the "
+                f"{self.engine.name} one: Tracer(pipe, engine={request.engine.name!r})."
+            )
+        return plans_of(self, request, None if folder is None else Path(folder))
+
+    def run(
+        self,
+        asked: Plan | PlanRequest | Mapping[str, Any] | str | bytes,
+        *,
+        folder: Path | str | None = None,
+        **options: Any,
+    ) -> Iterator[tuple[Row, dict[str, Any]]]:
+        """Run a plan, or a request for one (a record, a mapping, JSON text), row by row.
+
+        `options` are those of `iter_rows`, with which it answers; `on_progress` counts each
+        component by itself. Everything is planned before the first row is asked for.
+        """
+        from fasttrace.plan.request import PlanRequest, parse_plan
+
+        _check_names(options, self.iter_rows)
+        if isinstance(asked, Plan):
+            return self.iter_rows(asked, **options)
+        request = asked if isinstance(asked, PlanRequest) else parse_plan(asked)
+        plans = self.plans(request, folder)
+        return chain.from_iterable(self.iter_rows(plan, **options) for plan in plans)
 
     def forecast(
         self, plan: Plan, options: Options | None = None, *, measure: bool = True
@@ -139,13 +187,8 @@ class Tracer(Planner):
         `rest` are the arguments of `plan`. One row per (probe, seed, site[, token, window]).
         """
         _check_names(rest, self.trace, self.plan)
-        if isinstance(prompt, str):
-            if subject is None:
-                raise UsageError("Name the subject: the words of the prompt to destroy.")
-            prompt = Probe(prompt, subject, attribute, occurrence, negative_prompt)
-        elif subject is not None or attribute or occurrence or negative_prompt:
-            raise UsageError(_PROBES_HAVE_THEIR_OWN)
-        return self._result(self.plan(prompt, **rest), on_progress, pictures)
+        probes = self._probes(prompt, subject, attribute, occurrence, negative_prompt)
+        return self._result(self.plan(probes, **rest), on_progress, pictures)
 
     def swap(
         self,
@@ -175,6 +218,53 @@ class Tracer(Planner):
         plan = self.plan_swap(prompt, other_prompt, neighbours=neighbours, **rest)
         return self._result(plan, on_progress, pictures)
 
+    def screen(
+        self,
+        prompt: str | Probe | Sequence[Probe],
+        subject: str | None = None,
+        *,
+        by: str | Sequence[str] = "site",
+        estimator: str | Estimator = "plain",
+        horizon: int | None = None,
+        lanes: int | None = None,
+        negative_prompt: str = "",
+        attribute: str = "",
+        occurrence: int = 0,
+        on_progress: Callable[[int, int], None] | None = None,
+        **rest: Any,
+    ) -> Screen:
+        """What every patch would do, to first order, from one way back through the sampler.
+
+        by: "site" (whole outputs), "head", "token" (a text token's key and value), "channel",
+        "neuron" (of a feed-forward), "place", "text" (tokens of what the denoiser reads); several.
+        Text-encoder sites come by token. estimator: "plain"; "averaged:<points>[:<rule>]" over
+        prompts between corrupt and clean; "integrated:<points>" over the strength of each site's
+        own patch; "joint:<points>" over that of all sites together; the first two also with "+keys"
+        (swapped keys go through the softmax). horizon: only so many calls answer to a patch, later
+        predictions are held. lanes: runs that gradients are taken of at a time. on_progress is
+        given (pairs done, pairs). `rest` are the arguments of `plan`; the metric has to be
+        differentiable. Raises `UsageError` where it isn't, or the scheduler is no weighted sum.
+        """
+        from fasttrace.attribution.estimators import parse_estimator
+        from fasttrace.attribution.screen import LANES, Screener, pairs_of
+
+        _check_names(rest, self.screen, self.plan)
+        probes = self._probes(prompt, subject, attribute, occurrence, negative_prompt)
+        plan = self.plan(probes, **rest)
+        engine = self.engine if isinstance(self.engine, FastEngine) else FastEngine(self.model)
+        screener = Screener(
+            self.model,
+            engine,
+            plan,
+            parse_estimator(estimator),
+            by,
+            horizon,
+            LANES if lanes is None else lanes,
+        )
+        pairs = pairs_of(plan, lambda probe, rows: self._pair(plan, probe, rows), self._inside)
+        with self._inside():
+            return screener.run(pairs, on_progress)
+
     def _result(
         self, plan: Plan, on_progress: Callable[[int, int], None] | None, pictures: bool
     ) -> Result:
@@ -186,8 +276,28 @@ class Tracer(Planner):
             kept.update(found)
         return Result([rows[key] for key in plan.keys], kept)
 
+    def _probes(
+        self,
+        prompt: str | Probe | Sequence[Probe],
+        subject: str | None,
+        attribute: str,
+        occurrence: int,
+        negative_prompt: str,
+    ) -> Probe | Sequence[Probe]:
+        if isinstance(prompt, str):
+            if subject is None:
+                raise UsageError("Name the subject: the words of the prompt to destroy.")
+            return Probe(prompt, subject, attribute, occurrence, negative_prompt)
+        if subject is not None or attribute or occurrence or negative_prompt:
+            raise UsageError(_PROBES_HAVE_THEIR_OWN)
+        return prompt
+
     def _rows_of_pairs(
-        self, plan: Plan, planned: list[list[PlannedRow]], pictures: bool
+        self,
+        plan: Plan,
+        planned: list[list[PlannedRow]],
+        pictures: bool,
+        on_step: OnStep | None = None,
     ) -> Iterator[tuple[Row, Pictures]]:
         """planned: the rows of each (probe, seed) that are run together."""
         floor: dict[str, float] = {}
@@ -195,7 +305,7 @@ class Tracer(Planner):
         with self._inside():
             for own in planned:
                 probe = plan.probes[own[0].probe]
-                pairs.append(self._pair(plan, probe, own))
+                pairs.append(replace(self._pair(plan, probe, own), on_step=self._teller(on_step)))
                 scorer = Scorer(self.model, plan.metrics, probe, floor)
                 rows.append(PairRows(RowWriter(plan, scorer, pictures), own))
         return rows_of_pairs(self.model, rows, self.engine.run(pairs), self._inside)
@@ -203,21 +313,37 @@ class Tracer(Planner):
     def _pair(self, plan: Plan, probe: Probe, planned: list[PlannedRow]) -> Pair:
         """Encode the texts of one (probe, seed)."""
         model = self.model
-        clean = model.text(probe.prompt, probe.negative_prompt, model.guided(plan.sampling))
+        start = model.start_of(plan.starts[planned[0].seed], probe.negative_prompt)
+        guided = model.guided(plan.sampling)
+        clean = model.text(probe.prompt, probe.negative_prompt, guided, start)
         if plan.other_prompt is not None:
-            cond, pooled = encode_cond(model.pipe, plan.other_prompt, model.device)
-            corrupt = replace(clean, cond=cond, pooled=pooled)
+            [corrupt] = model.encode([plan.other_prompt], clean)
         else:
             corrupt = corrupt_text(model, probe, plan.corruption, clean)
-        of_text = plan.component == "text_encoder"
+        lanes, of_text = lanes_of(planned), None
+        others: dict[str, Text] = {}
+        if plan.component == "text_encoder":
+            of_text = TextLanes(
+                model, probe, plan.corruption, clean, base=plan.base, tensors=plan.tensors
+            ).texts
+        else:
+            for run in prompts_of(lanes):
+                [others[run]] = model.encode([run.removeprefix(PROMPT)], clean)
         return Pair(
-            texts={CLEAN: clean, CORRUPT: corrupt},
-            base=CORRUPT if plan.other_prompt is None else CLEAN,
-            start=plan.starts[planned[0].seed],
+            texts={CLEAN: clean, CORRUPT: corrupt, **others},
+            base=plan.base,
+            start=start,
             sampling=plan.sampling,
-            lanes=lanes_of(planned),
-            lane_texts=TextLanes(model, probe, plan.corruption, clean).texts if of_text else None,
+            lanes=lanes,
+            lane_texts=of_text,
+            tensors=plan.tensors,
         )
+
+    def _teller(self, on_step: OnStep | None) -> Callable[[int, Any, int], None] | None:
+        if on_step is None:
+            return None
+        pipe = self.model.pipe
+        return lambda call, timestep, lanes: on_step(pipe, call, timestep, {"lanes": lanes})
 
     def _inside(self) -> AbstractContextManager[None]:
         return scope(self.model.pipe)

@@ -47,8 +47,10 @@ class Patch:
 
     site: Site
     selector: Selector = Selector()
-    # "clean" or "corrupt": that run's activation. "text:clean", "text:corrupt": the module stays,
-    # and reads that run's text embedding (cross-attention alone)
+    # "clean", "corrupt", "prompt:...": that run's activation. "zero", "mean" (of the clean one's
+    # positions), "tensor:...": written instead. "add:...": a tensor is added, `strength` times.
+    # "text:clean", "text:corrupt": the module stays, and reads that run's text embedding
+    # (cross-attention alone)
     source: str = "clean"
     strength: float = 1.0
 

@@ -15,21 +15,23 @@ import pytest
 from fasttrace.types import Probe
 
 ROOT = Path(__file__).parents[1]
-# Tiny random models of both layouts, and with the bundled one what `pipeline` stands for in turn.
+# Tiny random models of both layouts, and with others and the bundled one what `pipeline` stands for
+# in turn. Kandinsky's pipelines take other arguments: see test_families*.py.
 FAMILIES = ("sd", "sdxl")
-MODELS = (*FAMILIES, "embedded")
+MODELS = (*FAMILIES, "sd21", "sdxl-turbo", "embedded")
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Saved pipelines by family, and "clip", a scoring model."""
     from fasttrace.testing import tiny_clip, tiny_pipeline
+    from fasttrace.testing.tiny import FAMILIES as EVERY
 
     root = tmp_path_factory.mktemp("models")
-    for family in FAMILIES:
+    for family in EVERY:
         tiny_pipeline(family, root / family)
     tiny_clip(root / "clip")
-    return {name: root / name for name in (*FAMILIES, "clip")}
+    return {name: root / name for name in (*EVERY, "clip")}
 
 
 @pytest.fixture(scope="session")

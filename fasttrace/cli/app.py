@@ -16,7 +16,19 @@ from typing import Annotated
 import typer
 
 from fasttrace import __version__
-from fasttrace.cli import demo, edit, evaluate, info, locate, plan, report, sites, trace
+from fasttrace.cli import (
+    demo,
+    edit,
+    evaluate,
+    info,
+    locate,
+    plan,
+    profile,
+    report,
+    run,
+    sites,
+    trace,
+)
 from fasttrace.errors import FasttraceError, UsageError
 
 DONE, FAILED, WRONG_CALL, STOPPED = 0, 1, 2, 130
@@ -30,7 +42,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (trace, plan, report, sites, edit, evaluate, locate, info, demo):
+for module in (trace, run, plan, profile, report, sites, edit, evaluate, locate, info, demo):
     app.command(name=module.NAME)(module.command)
 
 
@@ -100,13 +112,13 @@ def _bug(error: Exception, given: list[str]) -> str:
         or "can't allocate memory" in str(error)  # how torch says it of a CPU
     ):
         return (
-            "out of memory. Every finished row is safe. Use a smaller --height and --width, "
+            "out of memory. What was finished is safe. Use a smaller --height and --width, "
             "another --dtype, or a machine with more memory."
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full, so the output could not be written. Every finished row is safe."
+        return "the disk is full, so the output could not be written. What was finished is safe."
     reason = (str(error).splitlines() or [""])[0][:300]
     return (
-        f"a bug in fasttrace, {type(error).__name__}: {reason}. Every finished row is safe. To see "
+        f"a bug in fasttrace, {type(error).__name__}: {reason}. What was finished is safe. To see "
         f"where it happened: FASTTRACE_DEBUG=1 {shlex.join(['fasttrace', *given])}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +34,32 @@ Lanes = Annotated[int | None, typer.Option("--lanes", help="The most lanes in a 
 Budget = Annotated[
     float | None, typer.Option("--budget", help="GiB that clean activations may take.")
 ]
+
+Model = Annotated[str, typer.Argument(help="'embedded', a pipeline's folder, or a hub id.")]
+NewFolder = Annotated[Path, typer.Option("--out", "-o", help="A new folder.", metavar="DIR")]
+Pair = Annotated[
+    list[str] | None, typer.Option(help="A phrase and its new meaning; repeatable.", metavar="A=B")
+]
+Pairs = Annotated[Path | None, typer.Option(help="A file of pairs instead.", metavar="FILE")]
+Lam = Annotated[float | None, typer.Option(help="Weight of the change's own size.")]
+Template = Annotated[
+    list[str] | None,
+    typer.Option(help="A sentence with {} for the phrase; repeatable.", metavar="TEXT"),
+]
+Tokens = Annotated[str | None, typer.Option(help="last, last_to_end or aligned.")]
+Preserve = Annotated[
+    list[str] | None, typer.Option(help="A phrase that is to stay; repeatable.", metavar="TEXT")
+]
+Attribute = Annotated[
+    list[str] | None,
+    typer.Option(help="What a phrase is; repeatable.", metavar="PHRASE=NAME"),
+]
+Seeds = Annotated[str, typer.Option(help="0:4 is 0, 1, 2, 3.", metavar="SEEDS")]
+MetricName = Annotated[str | None, typer.Option(help="The score.", metavar="NAME")]
+Steps = Annotated[int | None, typer.Option(help="Inference steps.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
+Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 
 COMPONENTS = ("unet", "text_encoder")
 MOST_SEEDS = 100_000
@@ -145,3 +172,20 @@ def check_text(name: str, text: str) -> str:
     except UnicodeEncodeError:
         raise UsageError(f"{name} is not valid UTF-8 text: {text!a}.") from None
     return text
+
+
+def full_command(context: typer.Context, **settings: str) -> str:
+    """As typed, with the options that were left to their defaults: those may change.
+
+    settings: by option, what the default came to.
+    """
+    typed = str(context.obj)
+    if "--" in shlex.split(typed):
+        return typed
+    left = [
+        word
+        for name, value in settings.items()
+        if getattr(context.get_parameter_source(name), "name", "") == "DEFAULT"
+        for word in (f"--{name}", value)
+    ]
+    return " ".join([typed, *map(shlex.quote, left)])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fasttrace.cli.progress import duration, progress
+from fasttrace.cli.progress import duration, note, progress
 from fasttrace.errors import UsageError
 from fasttrace.plan.windows import resolve_windows
 from fasttrace.store import Call, Manifest, Shard, Store
@@ -19,6 +18,7 @@ from fasttrace.types import Corruption, Probe
 
 if TYPE_CHECKING:
     from fasttrace.plan.plan import Plan
+    from fasttrace.plan.sources import Source
     from fasttrace.tracer import Tracer
 
 
@@ -46,6 +46,8 @@ class Request:
     engine: str = "fast"
     options: Mapping[str, Any] = field(default_factory=dict)  # of the engine
     edit: Path | None = None  # a saved edit that the model is traced with
+    sources: Sequence[Source] = ()  # none: the clean run's activations
+    base: str = "corrupt"
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def run(request: Request) -> Outcome:
         total = len(store)
     seconds = time.monotonic() - start
     if not request.quiet:
-        _note(f"{new} rows in {duration(seconds)}; {total} in {results}")
+        note(f"{new} rows in {duration(seconds)}; {total} in {results}")
     return Outcome(str(request.out), str(results), total, new, planned, round(seconds, 3))
 
 
@@ -135,6 +137,8 @@ def make_plans(tracer: Tracer, request: Request, before: Manifest | None) -> lis
         options: dict[str, Any] = dict(request.sampling)
         if request.tokens and (of_text or alone):
             options["tokens"] = request.tokens
+        if request.sources:
+            options |= {"source": request.sources, "base": request.base}
         if not of_text or alone:
             options |= {"branch": request.branch, "window": request.windows}
         plans.append(
@@ -204,6 +208,7 @@ def fixed_values(plans: list[Plan], request: Request) -> dict[str, Any]:
         **sampling,
         **_corruption_values(request.corruption),
         "branch": request.branch,
+        **({} if request.base == "corrupt" else {"base": request.base}),
         "window": None if windows == [(0, calls)] else [list(w) for w in windows],
         "metric": [list(m) if isinstance(m, tuple) else m for m in about["metrics"]],
     }
@@ -230,7 +235,7 @@ def _announce(
     parts = ", ".join(f"{plan.component} {plan.total}" for plan in plans)
     mine = "" if request.shard.count == 1 else f", shard {request.shard}"
     there = planned - left
-    _note(
+    note(
         f"{tracer.name}: {planned} rows ({parts}), {plans[0].calls} denoiser calls a run{mine}"
         + (f"; {there} need no work here" if there else "")
     )
@@ -242,11 +247,6 @@ def _announce(
     whole = "the whole " if there else ""
     for plan in plans:
         found = tracer.forecast(plan)
-        _note(in_a_line(whole + plan.component, found))
+        note(in_a_line(whole + plan.component, found))
         seconds += found.seconds or 0.0
     return seconds * left / planned
-
-
-def _note(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()

@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from fasttrace.engine.cache import size_of
 from fasttrace.engine.compiled import Denoiser
 from fasttrace.engine.graph.anyrows import AnyRows
+from fasttrace.engine.layout import Layout, added_sites, branches_of, layout_of, must_be_kept
 from fasttrace.engine.memory import device_of, resident_bytes
 from fasttrace.engine.options import SMALLEST, Options
 from fasttrace.engine.work import Setting, Todo, Work, plan_work, todo_of
 from fasttrace.errors import ModelError, UsageError
 from fasttrace.types import Lane, Patch
 
-_BOTH = ("uncond", "cond")
+__all__ = ["Chunk", "arrange", "branches_of", "memory_of"]
+
 WORTH = 0.1  # of a row's work that a site has to make superfluous to be kept before others
 
 
@@ -23,16 +24,18 @@ WORTH = 0.1  # of a row's work that a site has to make superfluous to be kept be
 class Chunk:
     """The first pairs of a trace, run together.
 
-    sources: the (run, branch) whose activations lanes read. shapes: of the sites they read, in
-    execution order. cache_bytes: of the clean activations kept, 0 with leaders.
+    layout: of the cache, where there is one. shapes: of the sites that lanes read, in execution
+    order. added: those at which something is added. cache_bytes: of the activations kept, 0 with
+    leaders.
     """
 
     pairs: int
     setting: Setting
     todo: list[Todo]
     work: Work
-    sources: list[tuple[str, str]]
+    layout: Layout
     shapes: dict[str, tuple[int, ...]]
+    added: tuple[str, ...]
     cache_bytes: int
 
     @property
@@ -66,12 +69,20 @@ def arrange(
     _check(patches, calls, denoiser)
     _check_lanes([] if own_texts else [lane for own in lanes for lane in own])
     read = [p for p in patches if not p.source.startswith("text:")]
-    sources = sorted({(p.source, branch) for p in read for branch in branches_of(p, guided)})
+    layouts: dict[int, Layout] = {}
     asked = {p.site.name: p.site.shape for p in read}
     shapes = {name: asked[name] for name in denoiser.marks if name in asked}
+    forced = {p.site.name for p in read if must_be_kept(p)}
+    least = {name: shape for name, shape in shapes.items() if name in forced}
+    added = () if own_texts else added_sites(lanes)
 
     # Each pair's own scheduler remembers its own past, so such pairs run alone.
     most = min(len(lanes), options.pairs if linear else 1)
+
+    def layout(pairs: int) -> Layout:
+        if pairs not in layouts:
+            layouts[pairs] = layout_of([] if own_texts else lanes[:pairs], guided)
+        return layouts[pairs]
 
     def chunk(pairs: int, kept: Mapping[str, tuple[int, ...]]) -> Chunk:
         setting = Setting(
@@ -84,20 +95,24 @@ def arrange(
             own_texts=own_texts,
         )
         todo = todo_of(lanes[:pairs], setting)
-        texts = 2 * pairs + guided * len(set((negatives or [""])[:pairs]))
-        work = plan_work(todo, pairs, setting, denoiser.cost, list(shapes), texts)
-        taken = size_of(kept, 1 + pairs * len(sources), calls, itemsize)
-        return Chunk(pairs, setting, todo, work, sources, shapes, taken)
+        others = len(layout(pairs).other_runs)
+        texts = (2 + others) * pairs + guided * len(set((negatives or [""])[:pairs]))
+        work = plan_work(todo, pairs, setting, denoiser.cost, list(shapes), texts, others)
+        taken = layout(pairs).bytes(kept, calls, itemsize)
+        return Chunk(pairs, setting, todo, work, layout(pairs), shapes, added, taken)
 
     def fitting(kept: Mapping[str, tuple[int, ...]]) -> int:
         """How many pairs' activations fit the budget."""
-        sizes = (size_of(kept, 1 + n * len(sources), calls, itemsize) for n in range(most, 0, -1))
+        sizes = (layout(n).bytes(kept, calls, itemsize) for n in range(most, 0, -1))
         return most - next((i for i, size in enumerate(sizes) if size <= options.budget), most)
 
     cost = denoiser.cost
-    worthwhile = {s: shape for s, shape in shapes.items() if cost.dead[s] > WORTH * cost.whole}
+    worthwhile = {
+        s: shape for s, shape in shapes.items() if s in forced or cost.dead[s] > WORTH * cost.whole
+    }
+    few = max(1, fitting(least)) if least else most
     while True:
-        choices = [chunk(most, {})] if options.clean != "cache" or not shapes else []
+        choices = [chunk(few, least)] if options.clean != "cache" or not shapes else []
         if shapes and options.clean != "leader":
             for kept in (shapes, worthwhile) if options.clean == "auto" else (shapes,):
                 pairs = fitting(kept) if options.clean == "auto" else max(1, fitting(kept))
@@ -127,13 +142,6 @@ def memory_of(chunk: Chunk, denoiser: Denoiser, itemsize: int) -> int:
 def _row_shapes(part: AnyRows) -> list[tuple[int, ...]]:
     output = next(n for n in part.small.module.graph.nodes if n.op == "output")
     return [tuple(node.meta["val"].shape[1:]) for node in output.args[0]]
-
-
-def branches_of(patch: Patch, guided: bool) -> tuple[str, ...]:
-    """The branches a patch writes to; without guidance there is one."""
-    if not guided:
-        return ("cond",)
-    return _BOTH if patch.selector.branch == "both" else (patch.selector.branch,)
 
 
 def _check(patches: Sequence[Patch], calls: int, denoiser: Denoiser) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -19,13 +19,17 @@ CLEAN, CORRUPT, FLOOR = "clean", "corrupt", "floor"
 class Pair:
     """All runs of one (prompt, seed)."""
 
-    texts: Mapping[str, Text]  # "clean" and "corrupt"
+    texts: Mapping[str, Text]  # "clean", "corrupt", and every "prompt:..." that a patch reads
     base: str  # the text that lanes run on: "corrupt" in a trace, "clean" in a swap
     start: Start
     sampling: Sampling
     lanes: tuple[Lane, ...]
     # text-encoder tracing: every lane has a text of its own
     lane_texts: Callable[[Sequence[Lane]], list[Text]] | None = None
+    # what "tensor:..." and "add:..." sources name: [1 or calls, ...], see `sources.py`
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    # told after every denoiser call of a batch: its number, the timestep, how many lanes it had
+    on_step: Callable[[int, Any, int], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class Denoiser:
     keys: Mapping[str, str]
     marks: Mapping[str, Mark]
     latent: tuple[int, ...]
+    predicted: tuple[int, ...]  # more channels than the latent where a variance is learned
     inputs: tuple[str, ...]  # tensors it reads, by their flattened names
     shareable: bool  # whether rows can join on the way: all tensors have them on their first axis
     cost: Cost
@@ -66,13 +67,15 @@ def compile_denoiser(
     unet: nn.Module,
     inputs: Callable[[int], Mapping[str, Any]],
     device: torch.device | None = None,
+    channels: int | None = None,
 ) -> Denoiser:
     """Trace `unet` twice and split it. inputs(rows): its keyword arguments for so many rows.
 
-    Raises `ModelError` as `capture` does, and where its ops depend on the number of rows.
+    channels: how many of the prediction's are kept; None is all. Raises `ModelError` as `capture`
+    does, and where its ops depend on the number of rows.
     """
     weights = tensors_of(unet)
-    captured = AnyRows.of(lambda rows: capture(unet, inputs(rows), device))
+    captured = AnyRows.of(lambda rows: capture(unet, inputs(rows), device, channels))
     small, large = (partition(graph, weights) for graph in (captured.small, captured.large))
     body = AnyRows(with_tables(small), with_tables(large))
     text, step = AnyRows(small.text, large.text), AnyRows(small.step, large.step)
@@ -85,12 +88,18 @@ def compile_denoiser(
         keys=small.keys,
         marks={mark.name: mark for mark in captured.small.marks},
         latent=tuple(given["sample"].shape[1:]),
+        predicted=_predicted(body),
         inputs=tuple(given),
         shareable=_shareable(body),
         cost=cost_of(body),
         text_cost=_each(text),
         step_cost=_each(step),
     )
+
+
+def _predicted(body: AnyRows) -> tuple[int, ...]:
+    output = next(n for n in body.small.module.graph.nodes if n.op == "output")
+    return tuple(output.args[0][0].meta["val"].shape[1:])
 
 
 def _shareable(body: AnyRows) -> bool:
@@ -105,9 +114,8 @@ def _shareable(body: AnyRows) -> bool:
 
 def of_model(model: Model, sampling: Sampling, example: Text) -> Denoiser:
     """The compiled denoiser of a loaded pipeline, for texts shaped like `example`."""
-    scale = model.pipe.vae_scale_factor
-    size = model.unet.config.in_channels, sampling.height // scale, sampling.width // scale
-    alone = Text(example.cond, example.pooled)
+    size = model.latent_shape(sampling)
+    alone = example.alone
 
     def inputs(rows: int) -> dict[str, Any]:
         return {
@@ -116,7 +124,7 @@ def of_model(model: Model, sampling: Sampling, example: Text) -> Denoiser:
             **model.conditioning(alone, sampling, rows),
         }
 
-    return compile_denoiser(model.unet, inputs)
+    return compile_denoiser(model.unet, inputs, channels=model.family.kept_channels())
 
 
 class Tables:

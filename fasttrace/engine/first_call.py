@@ -9,9 +9,11 @@ from torch import Tensor
 
 from fasttrace.engine.compiled import Denoiser, Tables
 from fasttrace.engine.flops import count
+from fasttrace.engine.graph.fuse import fuse_attention
 from fasttrace.engine.graph.stairs import stairs
-from fasttrace.engine.schedule import Schedule, advance
+from fasttrace.engine.schedule import Schedule
 from fasttrace.engine.work import Stairs
+from fasttrace_kernels import guided_step_
 
 
 class FirstCall:
@@ -28,9 +30,11 @@ class FirstCall:
         first: int,
         joins: Mapping[str, int],
         dtype: torch.dtype,
+        fused: bool = False,
     ) -> None:
         self.denoiser, self.tables, self.first, self.joins = denoiser, tables, first, dict(joins)
-        self.graph = stairs(denoiser.body, first, joins)
+        graph = stairs(denoiser.body, first, joins)
+        self.graph = fuse_attention(graph) if fused else graph
         self.rows = first + sum(joins.values())
         self.flops = count(self.graph)
         self.dtype = dtype
@@ -89,14 +93,16 @@ class FirstCall:
         if uncond is not None:
             prediction = torch.cat([uncond, prediction])
         weight = torch.float64 if device.type == "cpu" else torch.float32
-        after, _ = advance(
+        after = state.clone()
+        guided_step_(
             prediction,
-            state,
-            torch.tensor([call], device=device),
-            guidance if uncond is not None else None,
+            after,
+            torch.empty_like(prediction),
+            torch.tensor([call, 0], device=device),
+            schedule.weights.to(device, weight),
+            schedule.input_scales.to(device, weight),
+            None if uncond is None else torch.full((1,), guidance, dtype=weight, device=device),
             noise,
-            weights=schedule.weights.to(device, weight),
-            input_scales=schedule.input_scales.to(device, weight),
-            slots=schedule.slots,
+            schedule.slots.latents,
         )
         return after

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import fasttrace_kernels  # noqa: F401  registers patch_attention
 from fasttrace.engine.graph.capture import Graph
 
 aten = torch.ops.aten
@@ -62,6 +63,7 @@ _FORMULAS: dict[Any, Formula] = {
     aten.conv1d.default: _convolution,
     aten.conv2d.default: _convolution,
     aten.scaled_dot_product_attention.default: _attention,
+    torch.ops.fasttrace.patch_attention.default: _attention,
     aten.matmul.default: _product,
     aten.mm.default: _product,
     aten.bmm.default: _product,

@@ -18,9 +18,11 @@ from fasttrace.engine.arrange import arrange, branches_of
 from fasttrace.engine.base import CLEAN, CORRUPT, FLOOR, Finished, Pair
 from fasttrace.engine.cache import Cache
 from fasttrace.engine.first_call import FirstCall
+from fasttrace.engine.layout import fill_made
 from fasttrace.engine.options import SMALLEST
 from fasttrace.engine.reference import ReferenceEngine
 from fasttrace.engine.schedule import draw_noise, read_schedule
+from fasttrace.engine.sources import ADD, check_sources
 from fasttrace.engine.step import FULL, PRUNED, Shape, Step
 from fasttrace.engine.texts import Texts
 from fasttrace.engine.work import FLOOR_LANES, Batch, Stairs, batches_of
@@ -76,6 +78,12 @@ class Job:
         self.calls = self.schedule.calls
         self.denoiser = workshop.denoiser(first.sampling, first.texts[CLEAN])
         self.of_text = first.lane_texts is not None
+        self.tensors, self.on_step = first.tensors, first.on_step
+        for pair in () if self.of_text else pairs:
+            if pair.tensors is not self.tensors and (pair.tensors or self.tensors):
+                raise UsageError("Pairs that run together have one set of tensors.")
+            patches = [patch for lane in pair.lanes for patch in lane.patches]
+            check_sources(patches, self.tensors, self.calls, tuple(pair.texts))
         self._arrange(pairs)
 
     def _arrange(self, pairs: Sequence[Pair]) -> None:
@@ -92,9 +100,10 @@ class Job:
             memory=self.workshop.memory,
         )
         self.pairs = list(pairs[: chunk.pairs])
-        self.texts = Texts(self.model, self.sampling, self.pairs)
+        self.layout = chunk.layout
+        self.texts = Texts(self.model, self.sampling, self.pairs, self.layout.other_runs)
         self.work = replace(chunk.work, texts=self.texts.shared)
-        self.setting, self.todo, self.sources = chunk.setting, chunk.todo, chunk.sources
+        self.setting, self.todo = chunk.setting, chunk.todo
         self.shapes = chunk.shapes
         self.cached = tuple(site for site in chunk.shapes if site in chunk.setting.cached)
 
@@ -159,10 +168,12 @@ class Job:
         self.tables.set_texts(0, self.texts.given)
         self.cache = None
         if self.cached:
-            rows = self._kept_at(len(self.pairs), 0)
-            key = (rows, self.cached, self.calls)
-            self.cache = self.workshop.cache(key, lambda: self._make_cache(rows))
+            key = (self.layout.common, self.cached, self.calls, tuple(self.layout.extra.items()))
+            self.cache = self.workshop.cache(key, self._make_cache)
         trunk, final = self._trunk()
+        if self.cache is not None:
+            self._other_runs()
+            fill_made(self.cache, self.layout, self.tensors)
         ends: list[Run] = [(p, run) for p in range(len(self.pairs)) for run in (CLEAN, CORRUPT)]
         copies: list[Run] = [(0, FLOOR)] * FLOOR_LANES
         finished = [Finished(tuple(ends), final), Finished(tuple(copies), self._floor())]
@@ -202,7 +213,8 @@ class Job:
         for pairs in self.work.trunks:
             lanes = 2 * len(pairs)
             leading = pairs[0] == 0
-            records = leading + len(pairs) * len(self.sources) if self.cached else 0
+            sources = self.layout.sources
+            records = leading + len(pairs) * len(sources) if self.cached else 0
             step = self._step(Shape(lanes, self.guided, recorded=self.cached, records=records))
             cond = [self.texts.slot(p, run) for p in pairs for run in (CLEAN, CORRUPT)]
             self._prepare(step, [p for p in pairs for _ in range(2)], cond)
@@ -210,11 +222,11 @@ class Job:
                 rows = [step.row("cond", 1)] * leading + [
                     step.row(branch, 2 * i + (run == CORRUPT))
                     for i in range(len(pairs))
-                    for run, branch in self.sources
+                    for run, branch in sources
                 ]
                 step.record_rows.copy_(torch.tensor(rows))
             state = torch.cat([self._first_state(p) for p in pairs for _ in range(2)], 1)
-            at = 0 if leading else self._kept_at(pairs[0], 0)
+            at = 0 if leading else 1 + pairs[0] * len(sources)
             for call in self._loop(step, state, 0, pairs[0]):
                 if call in states:
                     states[call].append(step.state.clone())
@@ -228,6 +240,31 @@ class Job:
             {call: torch.cat(parts) for call, parts in uncond.items()},
         )
         return trunk, torch.cat(finals)
+
+    def _other_runs(self) -> None:
+        """Runs of other prompts: recorded, and nothing else."""
+        layout, most = self.layout, self.setting.lanes
+        runs = [(p, run) for p in range(len(self.pairs)) for run in layout.other_runs]
+        # A scheduler that is no weighted sum runs one pair at a time: then these are of one pair.
+        for first in range(0, len(runs), most):
+            part = runs[first : first + most]
+            kept = [
+                (lane, pair, run, branch)
+                for lane, (pair, run) in enumerate(part)
+                for own, branch in layout.others
+                if own == run
+            ]
+            shape = Shape(len(part), self.guided, recorded=self.cached, records=len(kept))
+            step = self._step(shape)
+            self._prepare(step, [p for p, _ in part], [self.texts.slot(p, run) for p, run in part])
+            rows = [step.row(branch, lane) for lane, _, _, branch in kept]
+            step.record_rows.copy_(torch.tensor(rows))
+            _, pair, run, branch = kept[0]
+            at = layout.run_row(pair, run, branch)
+            state = torch.cat([self._first_state(p) for p, _ in part], 1)
+            for call in self._loop(step, state, 0, part[0][0]):
+                step.run(call, record=at)
+            self._checked(step.state[0], part)
 
     def _floor(self) -> Tensor:
         """The first pair's corrupt run, twice in a batch of two."""
@@ -246,7 +283,14 @@ class Job:
         key = ("stairs", stairs.first, tuple(joins.items()))
         climb: FirstCall = self.workshop.kept(
             key,
-            lambda: FirstCall(self.denoiser, self.tables, stairs.first, joins, self.model.dtype),
+            lambda: FirstCall(
+                self.denoiser,
+                self.tables,
+                stairs.first,
+                joins,
+                self.model.dtype,
+                self.workshop.fused,
+            ),
         )
         lanes = [lane for _, own in stairs.joining for lane in own] + list(stairs.whole)
         base = self.pairs[pair].base
@@ -277,6 +321,7 @@ class Job:
             self.noise[pair],
         )
         self.workshop.stepped += climb.flops
+        self._tell(stairs.call, len(lanes))
         found = {
             (pair, lane): after[:, row : row + 1].clone()
             for row, lane in zip(climb.lane_rows(stairs), lanes, strict=True)
@@ -340,17 +385,20 @@ class Job:
             if patch.source.startswith("text:"):
                 run = patch.source.removeprefix("text:")
                 other = self.texts.slot(pair, run if branch == "cond" else "uncond")
-                for name, mark in self.denoiser.keys.items():
-                    if mark.rpartition(".")[0] == patch.site.name:
-                        step.slots[start:stop, step.slot_names[name], at] = other
+                step.slots[start:stop, step.slot_names[patch.site.name], at] = other
                 continue
             if patch.strength == 0:
                 continue
-            point = self._point(step, patch.site.name)
-            if patch.site.name in self.cached:
+            point, site = self._point(step, patch.site.name), patch.site.name
+            if site in self.cached:
                 assert self.cache is not None
-                k = self._kept_at(pair, self.sources.index((patch.source, branch)))
-                found = [self.cache.row(call, k) for call in range(start, stop)]
+                k = self.layout.row(site, pair, patch.source, branch)
+                found = [self.cache.row(call, k, site) for call in range(start, stop)]
+                if patch.source.startswith(ADD):
+                    added = step.shape.added.index(site)
+                    step.add_index[start:stop, added, at] = torch.tensor(found, device=step.device)
+                    step.add_scale[start:stop, added, at] = patch.strength
+                    continue
                 step.index[start:stop, point, at] = torch.tensor(found, device=step.device)
             else:
                 leader = step.row(branch, batch.leaders.index((pair, patch.source)))
@@ -362,7 +410,7 @@ class Job:
         assert self.cache is not None
         assert batch.pruned is not None
         point = self._point(step, batch.pruned)
-        found = [self.cache.row(call, 0) for call in range(self.calls)]
+        found = [self.cache.row(call, 0, batch.pruned) for call in range(self.calls)]
         step.index[:, point, step.row("cond", row)] = torch.tensor(found, device=step.device)
 
     def _point(self, step: Step, site: str) -> int:
@@ -390,7 +438,9 @@ class Job:
     def _batch_step(self, batch: Batch) -> Step:
         sites = (batch.pruned,) if batch.pruned else tuple(self.shapes)
         cached = tuple(site for site in sites if site in self.cached)
-        return self._step(Shape(batch.size, self.guided, sites, cached, pruned=batch.pruned))
+        added = () if batch.pruned else self.chunk.added
+        shape = Shape(batch.size, self.guided, sites, cached, added, pruned=batch.pruned)
+        return self._step(shape)
 
     def _step(self, shape: Shape) -> Step:
         slots, guidance = self.schedule.slots, self.sampling.guidance
@@ -408,20 +458,22 @@ class Job:
                 self.workshop.ground,
                 self.model.dtype,
                 cache,
+                self.workshop.fused,
             )
 
         step: Step = self.workshop.kept(key, make)
         return step
 
-    def _make_cache(self, rows: int) -> Cache:
+    def _make_cache(self) -> Cache:
         return Cache(
             {site: self.shapes[site] for site in self.cached},
-            rows,
+            self.layout.common,
             self.calls,
             self.model.dtype,
             self.model.device,
             self.options.home,
             self.options.staged,
+            self.layout.extra,
         )
 
     # ---- the loop
@@ -433,6 +485,7 @@ class Job:
             for call in range(start, self.calls):
                 yield call
                 self.workshop.stepped += step.ran
+                self._tell(call, step.shape.lanes)
             return
         scheduler, lanes = self.model.scheduler(self.sampling.steps), step.shape.lanes
         generators = [self.pairs[pair].start.generator() for _ in range(lanes)]
@@ -443,13 +496,15 @@ class Job:
             yield call
             self.workshop.stepped += step.ran
             # Copies: many schedulers keep what they are given until their next step.
-            prediction = step.prediction.clone()
-            if self.guided:
-                uncond, cond = prediction.chunk(2)
-                prediction = uncond + self.sampling.guidance * (cond - uncond)
+            prediction = self.model.guide(step.prediction.clone(), self.sampling)
             before = step.state[0].clone()
             latents = scheduler.step(prediction, t, before, **options, return_dict=False)[0]
             step.state[0].copy_(latents)
+            self._tell(call, lanes)
+
+    def _tell(self, call: int, lanes: int) -> None:
+        if self.on_step is not None:
+            self.on_step(call, self.schedule.timesteps[call], lanes)
 
     def _checked(self, latents: Tensor, runs: Sequence[Run]) -> Tensor:
         """The finished latents; `ModelError` names site and call where they are not finite."""
@@ -483,10 +538,6 @@ class Job:
         generator = pair.start.generator()
         options = self.model.step_options(self.scheduler, self.sampling.eta, generator)
         return draw_noise(self.scheduler, start, options)
-
-    def _kept_at(self, pair: int, source: int) -> int:
-        """A row of the cache. Row 0 is the first pair's corrupt run, for copies of it."""
-        return 1 + pair * len(self.sources) + source
 
 
 def _is_allocation(error: Exception) -> bool:

@@ -8,6 +8,7 @@ from fasttrace.engine.cache import HOMES
 from fasttrace.errors import UsageError
 
 CLEAN_MODES = ("auto", "leader", "cache")
+ATTENTIONS = ("auto", "torch", "fused")
 SMALLEST = 4  # lanes: a leader, two copies of the corrupt run, one patched lane
 
 
@@ -22,7 +23,9 @@ class Options:
     runner: see `runners.RUNNERS`; None is a CUDA graph on CUDA, else the graph's code. pairs: the
     most whose lanes are run together. pruning, sharing: leave out what a replaced site
     makes superfluous, and what lanes have in common at the call they open at. staged: read the
-    cache through staging slots, as captured graphs have to; None is where they are.
+    cache through staging slots, as captured graphs have to; None is where they are. attention:
+    "fused" is our kernel, "torch" torch's own; "auto" is ours on CUDA in half precision, where
+    triton is installed.
     """
 
     clean: str = "auto"
@@ -34,9 +37,11 @@ class Options:
     pruning: bool = True
     sharing: bool = True
     staged: bool | None = None
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, known in (("clean", CLEAN_MODES), ("home", HOMES)):
+        choices = (("clean", CLEAN_MODES), ("home", HOMES), ("attention", ATTENTIONS))
+        for name, known in choices:
             if getattr(self, name) not in known:
                 given = getattr(self, name)
                 raise UsageError(f"{name} is one of {', '.join(known)}, not {given!r}.")

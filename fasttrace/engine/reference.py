@@ -18,6 +18,8 @@ from fasttrace.adapters.hooks import rereading, rewriting, watching, write_rows
 from fasttrace.adapters.pipeline import Model
 from fasttrace.adapters.text import Text
 from fasttrace.engine.base import CLEAN, CORRUPT, FLOOR, Finished, Pair
+from fasttrace.engine.graph.capture import flatten
+from fasttrace.engine.sources import check_sources, prompts_of, run_of, written
 from fasttrace.errors import ModelError
 from fasttrace.types import Lane, Patch
 
@@ -62,18 +64,22 @@ class ReferenceEngine:
 
     def _run(self, pair: Pair) -> Iterator[tuple[str | int, Tensor]]:
         texts = pair.texts
-        portions = self._portions(pair)
+        patches = [p for lane in pair.lanes for p in lane.patches]
+        if pair.lane_texts is None:
+            check_sources(patches, pair.tensors, self._calls(pair), tuple(texts))
+        portions, sources = self._portions(pair), _sources(pair)
         for n, portion in enumerate(portions):
             lanes = [pair.lanes[i] for i in portion]
             recordings: dict[str, Recording] = {}
-            for source in (CLEAN, CORRUPT):
+            for source in sources:
                 slots = _slots(lanes, source, self._calls(pair))
-                if n == 0 or slots:
+                scored = n == 0 and source in (CLEAN, CORRUPT)
+                if scored or slots:
                     recordings[source] = {}
                     latents = self.denoise(
                         source, texts[source], pair, record=recordings[source], slots=slots
                     )
-                    if n == 0:
+                    if scored:
                         yield source, latents
             if n == 0:
                 yield FLOOR, self.denoise(CORRUPT, texts[CORRUPT], pair, copies=2)
@@ -124,10 +130,10 @@ class ReferenceEngine:
                 noise: Tensor = model.unet(batch, t, **inputs)[0]
                 if not torch.isfinite(noise).all():
                     raise self._explain(run, batch, t, inputs)
-                if run.guided:
-                    uncond, cond = noise.chunk(2)
-                    noise = uncond + sampling.guidance * (cond - uncond)
+                noise = model.guide(noise, sampling)
                 latents = scheduler.step(noise, t, latents, **options, return_dict=False)[0]
+                if pair.on_step is not None:
+                    pair.on_step(run.call, t, copies)
         for patch in patches:
             if patch not in run.written and patch.strength != 0:
                 raise ModelError(
@@ -180,14 +186,22 @@ class ReferenceEngine:
                     source = self.model.conditioning(other, pair.sampling, run.copies)[
                         "encoder_hidden_states"
                     ][run.rows(branch)]
+                    strength = patch.strength
                 else:
-                    source = recordings[patch.source][site, branch, run.call]
+                    slot = (site, branch, run.call)
+                    source, strength = written(
+                        patch,
+                        new[run.rows(branch)],
+                        lambda name, slot=slot: recordings[name][slot],  # type: ignore[misc]
+                        pair.tensors,
+                        run.call,
+                    )
                 new = write_rows(
                     new,
                     source,
                     rows=run.rows(branch),
                     tokens=patch.selector.tokens,
-                    strength=patch.strength,
+                    strength=strength,
                 )
                 run.written.add(patch)
             return None if new is out else new
@@ -206,7 +220,8 @@ class ReferenceEngine:
             if dtype == torch.float32
             else ", try float32."
         )
-        if not torch.isfinite(inputs["encoder_hidden_states"]).all():
+        given = flatten(inputs).values()
+        if not all(bool(torch.isfinite(value).all()) for value in given):
             return ModelError(f"The text embedding of the {run.name} run holds NaN{advice}")
         order: list[str] = []
 
@@ -224,7 +239,7 @@ class ReferenceEngine:
 
     def _portions(self, pair: Pair) -> list[list[int]]:
         """Lanes split so that what each portion records fits the budget; at least one portion."""
-        calls = self._calls(pair)
+        calls, sources = self._calls(pair), _sources(pair)
         rows = {"both": 2 if self.model.guided(pair.sampling) else 1}
         width = self.model.dtype.itemsize
         portions: list[list[int]] = [[]]
@@ -232,11 +247,7 @@ class ReferenceEngine:
         used = 0
         for i, lane in enumerate(pair.lanes):
             size = {p.site.name: math.prod(p.site.shape) * width for p in lane.patches}
-            asked = {
-                (source, slot)
-                for source in (CLEAN, CORRUPT)
-                for slot in _slots([lane], source, calls)
-            }
+            asked = {(source, slot) for source in sources for slot in _slots([lane], source, calls)}
             need = sum(size[s[0]] * rows.get(s[1], 1) for key in asked - slots for s in [key[1]])
             if portions[-1] and used + need > self.budget:
                 portions.append([])
@@ -248,12 +259,17 @@ class ReferenceEngine:
         return portions
 
 
+def _sources(pair: Pair) -> tuple[str, ...]:
+    """The runs that may be recorded."""
+    return (CLEAN, CORRUPT, *prompts_of(pair.lanes))
+
+
 def _slots(lanes: Sequence[Lane], source: str, calls: int) -> set[Slot]:
     """What has to be recorded of a source run for these lanes."""
     return {
         (p.site.name, p.selector.branch, call)
         for lane in lanes
         for p in lane.patches
-        if p.source == source and p.site.component == "unet" and p.strength != 0
+        if run_of(p.source) == source and p.site.component == "unet" and p.strength != 0
         for call in range(*(p.selector.window or (0, calls)))
     }

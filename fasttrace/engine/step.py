@@ -18,10 +18,12 @@ from fasttrace.engine.cache import Cache
 from fasttrace.engine.compiled import Denoiser, Tables
 from fasttrace.engine.flops import count
 from fasttrace.engine.graph.capture import Graph
+from fasttrace.engine.graph.fuse import fuse_attention
 from fasttrace.engine.graph.patches import Point, insert_patches, insert_records, make_tables
 from fasttrace.engine.graph.prune import prune
 from fasttrace.engine.runners import Ground, Runner, make_runner
-from fasttrace.engine.schedule import Schedule, Slots, advance
+from fasttrace.engine.schedule import Schedule, Slots
+from fasttrace_kernels import guided_step_
 
 FULL, PRUNED = "full", "pruned"
 
@@ -32,14 +34,16 @@ class Shape:
 
     lanes: lanes of a batch. guided: every lane has an unconditional row as well. sites: where
     patches may be. cached: those of them that read the cache; the others read rows of the same call
-    (a leader lane). recorded: sites of which `records` rows go into the cache. pruned: a site that
-    all conditional rows take from the cache, so that what only fed it is not computed.
+    (a leader lane). added: cached ones at which rows of the cache may be added. recorded: sites of
+    which `records` rows go into the cache. pruned: a site that all conditional rows take from the
+    cache, so that what only fed it is not computed.
     """
 
     lanes: int
     guided: bool
     sites: tuple[str, ...] = ()
     cached: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
     recorded: tuple[str, ...] = ()
     records: int = 0
     pruned: str | None = None
@@ -77,9 +81,10 @@ class Step:
         ground: Ground,
         dtype: torch.dtype,
         cache: Cache | None = None,
+        fused: bool = False,
     ) -> None:
         self.denoiser, self.tables, self.shape = denoiser, tables, shape
-        self.latent_slots, self.guidance, self.cache = latent_slots, guidance, cache
+        self.latent_slots, self.cache, self.fused = latent_slots, cache, fused
         self.device, self.dtype, calls = tables.device, dtype, tables.calls
         rows, lanes, device = shape.rows, shape.lanes, self.device
 
@@ -88,7 +93,12 @@ class Step:
 
         # What the graphs read in a call, at fixed addresses.
         self.points = [
-            Point(site, source="buffer" if site in shape.cached else "rows") for site in shape.sites
+            Point(
+                site,
+                source="buffer" if site in shape.cached else "rows",
+                adds=site in shape.added,
+            )
+            for site in shape.sites
         ]
         now = make_tables(
             self.points,
@@ -122,17 +132,24 @@ class Step:
         points = len(self.points)
         self.index = torch.full((calls, points, rows), -1, dtype=torch.int64, device=device)
         self.strength = zeros(calls, points, rows, dtype=torch.float32)
+        self.add_index = zeros(calls, len(shape.added), rows, dtype=torch.int64)
+        self.add_scale = zeros(calls, len(shape.added), rows, dtype=torch.float32)
+        self._added_now = [
+            (now[f"{site}/add_index"], now[f"{site}/add_scale"]) for site in shape.added
+        ]
         self.slots = zeros(calls, len(names), rows, dtype=torch.int64)
         self.step_rows = zeros(calls, rows, dtype=torch.int64)
 
         # What a run carries from call to call.
         self.state = zeros(latent_slots.kept, lanes, *denoiser.latent)
-        self.call = zeros(1, dtype=torch.int64)
-        self.prediction = zeros(rows, *denoiser.latent)
+        self.counter = zeros(2, dtype=torch.int64)
+        self.call = self.counter[:1]  # the other entry is `guided_step_`'s own
+        self.prediction = zeros(rows, *denoiser.predicted)
         self.noise = zeros(calls, lanes, *denoiser.latent) if latent_slots.noise else None
         weight = torch.float64 if device.type == "cpu" else torch.float32
         self.latent_weights = zeros(calls, latent_slots.count, dtype=weight)
         self.input_scales = zeros(calls + 1, dtype=weight)
+        self.guidance = zeros(1, dtype=weight).fill_(guidance) if shape.guided else None
         self.linear = True
 
         self.parts: dict[str, list[Part]] = {FULL: [self._part(self._full(), slice(0, rows))]}
@@ -170,6 +187,8 @@ class Step:
         """No patches."""
         self.index.fill_(-1)
         self.strength.zero_()
+        self.add_index.zero_()
+        self.add_scale.zero_()
 
     def read_texts(self, uncond: Sequence[int], cond: Sequence[int]) -> None:
         """Every layer of lane i reads text slot `cond[i]`, its unconditional row `uncond[i]`."""
@@ -227,25 +246,26 @@ class Step:
         call = self.call
         for table, now in zip((self.index, self.strength), self._now, strict=True):
             now.copy_(table.index_select(0, call)[0])
+        for point, (index, scale) in enumerate(self._added_now):
+            index.copy_(self.add_index[:, point].index_select(0, call)[0])
+            scale.copy_(self.add_scale[:, point].index_select(0, call)[0])
         self.slot.copy_(self.slots.index_select(0, call)[0])
         self.step_row.copy_(self.step_rows.index_select(0, call)[0])
         for part in self.parts[variant]:
             self.prediction[part.rows].copy_(part.run(*part.arguments)[0])
         if not self.linear:
             return
-        state, scaled = advance(
+        guided_step_(
             self.prediction,
             self.state,
-            call,
-            self.guidance if self.shape.guided else None,
+            self.sample,
+            self.counter,
+            self.latent_weights,
+            self.input_scales,
+            self.guidance,
             self.noise,
-            weights=self.latent_weights,
-            input_scales=self.input_scales,
-            slots=self.latent_slots,
+            self.latent_slots.latents,
         )
-        self.state.copy_(state)
-        self.set_input(scaled)
-        call.add_(1)
 
     def _body(self, rows: int) -> Graph:
         return self.denoiser.body.at(rows)
@@ -257,6 +277,7 @@ class Step:
         return insert_patches(body, self.points)
 
     def _part(self, graph: Graph, rows: slice) -> Part:
+        graph = fuse_attention(graph) if self.fused else graph
         return Part(graph, graph.module, rows, [self._argument(name, rows) for name in graph.reads])
 
     def _argument(self, name: str, rows: slice) -> Tensor:
@@ -273,7 +294,7 @@ class Step:
             return self.cache.source(site, 0)
         if table == "record":
             return self.records[site]
-        if table in ("index", "strength"):
+        if table in ("index", "strength", "add_index", "add_scale"):
             return self.values[name][rows]
         return self.values[name]
 

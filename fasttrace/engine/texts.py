@@ -17,11 +17,15 @@ from fasttrace.types import Sampling
 class Texts:
     """The texts of some pairs: unconditional ones, each once, then clean and corrupt of each pair.
 
-    given: what the denoiser reads of them [shared, ...], by name. Lanes' own texts come behind.
+    others: runs of other prompts ("prompt:..."), whose texts come next, pair by pair. given: what
+    the denoiser reads of them [shared, ...], by name. Lanes' own texts come behind.
     """
 
-    def __init__(self, model: Model, sampling: Sampling, pairs: Sequence[Pair]) -> None:
+    def __init__(
+        self, model: Model, sampling: Sampling, pairs: Sequence[Pair], others: Sequence[str] = ()
+    ) -> None:
         self.model, self.sampling, self.pairs = model, sampling, pairs
+        self.others = tuple(others)
         halves: list[dict[str, Tensor]] = []
         self._uncond: list[int] = []
         for pair in pairs:
@@ -36,13 +40,18 @@ class Texts:
         self._first = len(halves)
         for pair in pairs:
             halves += [self._halves(pair.texts[run])[-1] for run in (CLEAN, CORRUPT)]
+        for pair in pairs:
+            halves += [self._halves(pair.texts[run])[-1] for run in self.others]
         self.given = _joined(halves)
         self.shared = len(halves)
 
     def slot(self, pair: int, run: str) -> int:
-        """run: "uncond", "clean" or "corrupt"."""
+        """run: "uncond", "clean", "corrupt" or one of the others."""
         if run == "uncond":
             return self._uncond[pair]
+        if run in self.others:
+            first = self._first + 2 * len(self.pairs)
+            return first + pair * len(self.others) + self.others.index(run)
         return self._first + 2 * pair + (run == CORRUPT)
 
     def own(self, lanes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:

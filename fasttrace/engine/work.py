@@ -11,6 +11,7 @@ from typing import Any
 
 from fasttrace.engine.compiled import PORTION, Denoiser, portions
 from fasttrace.engine.graph.prune import Cost
+from fasttrace.engine.sources import is_own_row, prompts_of, replaces
 from fasttrace.types import Lane, Patch
 
 
@@ -57,11 +58,16 @@ class Todo:
         patch = self.patches[0]
         chosen = patch.selector
         whole = chosen.tokens is None and patch.strength == 1 and chosen.branch == "cond"
-        return patch.site.name if whole and patch.source in ("clean", "corrupt") else None
+        return patch.site.name if whole and replaces(patch.source) else None
+
+    @property
+    def joins(self) -> str | None:
+        """That site, if what it takes there is in a row of the shared call."""
+        return self.site if self.site and is_own_row(self.patches[0].source) else None
 
     def led_by(self, cached: Collection[str]) -> tuple[str, ...]:
         """Runs that have to be lanes beside it, since what it reads of them isn't kept."""
-        read = [p for p in self.patches if not p.source.startswith("text:")]
+        read = [p for p in self.patches if is_own_row(p.source)]
         return tuple(dict.fromkeys(p.source for p in read if p.site.name not in cached))
 
 
@@ -140,7 +146,8 @@ class Batch:
 class Work:
     """Everything the lanes of some pairs need.
 
-    trunks: pairs whose clean and corrupt runs are made together.
+    trunks: pairs whose clean and corrupt runs are made together. others: runs of other prompts that
+    each pair's lanes read.
     """
 
     setting: Setting
@@ -149,12 +156,13 @@ class Work:
     stairs: tuple[Stairs, ...]
     batches: tuple[Batch, ...]
     texts: int = 0  # that pairs share
+    others: int = 0
 
     def flops(self, denoiser: Denoiser) -> int:
         """Everything that is computed."""
         setting, cost = self.setting, denoiser.cost
         row = setting.branches * setting.calls * cost.whole
-        total = (2 * self.pairs + FLOOR_LANES) * row
+        total = ((2 + self.others) * self.pairs + FLOOR_LANES) * row
         total += sum(stairs.flops(cost) for stairs in self.stairs)
         total += sum(batch.flops(cost, setting) for batch in self.batches)
         return total + self._tables(denoiser)
@@ -174,7 +182,7 @@ class Work:
         """What the lanes asked for cost as they are run here, without leaders, padding, copies."""
         setting = self.setting
         row = setting.branches * cost.whole
-        total = 2 * self.pairs * setting.calls * row
+        total = (2 + self.others) * self.pairs * setting.calls * row
         stairs = {(s.pair, lane): cost.whole for s in self.stairs for lane in s.whole}
         for s in self.stairs:
             for site, lanes in s.joining:
@@ -205,18 +213,31 @@ def bound(cost: Cost, setting: Setting, pairs: int, todo: Iterable[Todo]) -> int
     uncond = cost.whole if setting.guided else 0
     first = uncond + (cost.whole - cost.apart) + 2 * cost.apart
     total = pairs * (2 * (setting.calls - 1) * row + first)
+    todo = list(todo)
+    # Of another prompt's run neither the shared beginning is needed nor what its last call ends in.
+    prompts = {(x.pair, run) for x in todo for run in prompts_of([Lane(x.patches)])}
+    total += len(prompts) * max(0, setting.calls - 2) * row
     for lane in todo:
         site = lane.site
         if lane.opening >= setting.calls:
             continue
         if site is None:
-            total += cost.apart + (setting.calls - lane.opening - 1) * row
+            total += _first_call(lane, cost) + (setting.calls - lane.opening - 1) * row
             continue
         stop = (lane.patches[0].selector.window or (0, setting.calls))[1]
         inside = max(0, stop - lane.opening - 1)
         total += cost.after[site] + (setting.calls - lane.opening - 1) * row
         total -= inside * cost.dead[site]
     return total
+
+
+def _first_call(lane: Todo, cost: Cost) -> int:
+    """What of the call it opens at differs from its base run, if it isn't replaced at one site."""
+    places = [p.site.name for p in lane.patches]
+    of_text = any(p.source.startswith("text:") for p in lane.patches)
+    if not places or of_text or any(p.selector.branch != "cond" for p in lane.patches):
+        return cost.apart
+    return min(cost.apart, max(cost.after[place] for place in places))
 
 
 def todo_of(lanes: Sequence[Sequence[Lane]], setting: Setting) -> list[Todo]:
@@ -238,6 +259,7 @@ def plan_work(
     cost: Cost,
     order: Sequence[str],
     texts: int = 0,
+    others: int = 0,
 ) -> Work:
     """order: sites in execution order."""
     most = max(1, setting.lanes // 2)
@@ -247,7 +269,7 @@ def plan_work(
         (s.pair, lane) for s in stairs for _, lanes in s.joining for lane in lanes
     }
     batches = batches_of(todo, climbed, setting, cost)
-    return Work(setting, pairs, tuple(trunks), tuple(stairs), tuple(batches), texts)
+    return Work(setting, pairs, tuple(trunks), tuple(stairs), tuple(batches), texts, others)
 
 
 def batches_of(
@@ -269,13 +291,13 @@ def _stairs(todo: Sequence[Todo], setting: Setting, order: Sequence[str]) -> lis
     groups: dict[tuple[int, int], list[Todo]] = {}
     for lane in todo:
         # A lane that reads another text, or unconditional activations, differs from the start.
-        if lane.site is not None or setting.own_texts:
+        if lane.joins is not None or setting.own_texts:
             groups.setdefault((lane.pair, lane.opening), []).append(lane)
     place = {site: i for i, site in enumerate(order)}
     found = []
     for (pair, call), lanes in groups.items():
-        whole = [lane.lane for lane in lanes if lane.site is None]
-        joining = sorted((lane for lane in lanes if lane.site), key=lambda x: place[str(x.site)])
+        whole = [lane.lane for lane in lanes if lane.joins is None]
+        joining = sorted((lane for lane in lanes if lane.joins), key=lambda x: place[str(x.site)])
         sites = [(str(lane.site), lane.lane) for lane in joining]
         found += stairs_of(pair, call, whole, sites, setting)
     return found

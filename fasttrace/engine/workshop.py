@@ -12,6 +12,7 @@ from fasttrace.adapters.pipeline import Model
 from fasttrace.adapters.text import Text
 from fasttrace.engine.cache import Cache
 from fasttrace.engine.compiled import Denoiser, Tables, of_model
+from fasttrace.engine.kernels import use_fused
 from fasttrace.engine.memory import available_bytes
 from fasttrace.engine.options import Options
 from fasttrace.engine.runners import Ground, check_runner
@@ -32,6 +33,7 @@ class Workshop:
         cuda = model.device.type == "cuda"
         self.runner = options.runner or ("cudagraph" if cuda else "eager")
         check_runner(self.runner, model.device)
+        self.fused = use_fused(options.attention, model.device, model.dtype)
         if options.staged is False and (self.runner == "cudagraph" or options.home == "host"):
             raise UsageError(
                 "A captured graph, and a cache in host memory, are read through staging slots: "
@@ -64,8 +66,9 @@ class Workshop:
             self._structure = structure
 
     def denoiser(self, sampling: Sampling, text: Text) -> Denoiser:
-        """Traced once for a picture size and a shape of text."""
-        key = (sampling.height, sampling.width, tuple(text.cond.shape))
+        """Traced once for a picture size, a shape of text, and what a scheduler reads of it."""
+        kept = self.model.family.kept_channels()
+        key = (sampling.height, sampling.width, tuple(text.cond.shape), kept)
         if key not in self._denoisers:
             self._denoisers[key] = of_model(self.model, sampling, text)
         return self._denoisers[key]

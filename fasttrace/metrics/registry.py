@@ -10,10 +10,11 @@ from typing import Any
 
 from fasttrace.adapters.pipeline import Model, embedded_folder
 from fasttrace.adapters.selection import suggestion
-from fasttrace.errors import ModelError, UsageError
+from fasttrace.errors import FasttraceError, ModelError, UsageError
 from fasttrace.metrics import latent
 from fasttrace.metrics.attribute import AttributeScorer, Classifier
 from fasttrace.metrics.clip import ClipScorer
+from fasttrace.plugins import METRICS, brief, plugins
 from fasttrace.types import Metric, MetricContext, Probe
 
 DEFAULT = "clip_score"
@@ -83,12 +84,31 @@ class Metrics:
         if name == "attribute":
             return self._attribute(asked, detail or None, probes)
         make = self._named().get(asked)
-        if make is None:
-            raise UsageError(
-                f"Unknown metric '{asked}'; expected one of {', '.join(NAMES)}."
-                f"{suggestion(asked, NAMES, n=1)}"
+        if make is not None:
+            return make()
+        others = plugins(METRICS)
+        if asked in others:
+            return self._registered(asked, others[asked])
+        names = (*NAMES, *others)
+        raise UsageError(
+            f"Unknown metric '{asked}'; expected one of {', '.join(names)}."
+            f"{suggestion(asked, names, n=1)}"
+        )
+
+    def _registered(self, name: str, found: Any) -> Metric:
+        """Another package's: a `Metric`, or a function of the model that makes one."""
+        try:
+            metric = found if isinstance(found, Metric) else found(self.model)
+        except FasttraceError:
+            raise
+        except Exception as error:
+            raise ModelError(f"The registered metric '{name}' fails: {brief(error)}.") from error
+        if not isinstance(metric, Metric):
+            raise ModelError(
+                f"The registered metric '{name}' made a {type(metric).__name__}; expected is a "
+                "fasttrace.Metric."
             )
-        return make()
+        return metric
 
     def _named(self) -> dict[str, Callable[[], Metric]]:
         return {

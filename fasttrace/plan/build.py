@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from importlib.metadata import version
 from typing import Any
 
 from fasttrace.adapters.fingerprint import canonical_json, digest, tensor_digest
 from fasttrace.adapters.pipeline import Model, Start
+from fasttrace.errors import UsageError
 from fasttrace.plan.lanes import RUN, Planned
 from fasttrace.plan.plan import Plan, PlannedRow
 from fasttrace.types import Corruption, Lane, Metric, Probe, Sampling
 
+MOST_ROWS = 5_000_000  # of one plan: several GB of records
 KEY_VERSION = 1  # counts up when the same key would mean another score
 
 
@@ -65,12 +67,18 @@ def start_digest(start: Start) -> str:
     return digest(parts)
 
 
-def sampling_json(sampling: Sampling, scheduler: Any) -> str:
-    """Canonical JSON: the sampling, the scheduler's class, a hash of its configuration."""
+def sampling_json(
+    sampling: Sampling, scheduler: Any, facts: Mapping[str, Any] | None = None
+) -> str:
+    """Canonical JSON: the sampling, the scheduler's class, a hash of its configuration.
+
+    facts: what else of a family decides a picture.
+    """
     config = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
     return canonical_json(
         asdict(sampling)
         | {"scheduler": type(scheduler).__name__, "scheduler_config": digest(config)[:12]}
+        | dict(facts or {})
     )
 
 
@@ -97,16 +105,24 @@ def build_plan(
     lanes_of: Callable[[Probe], list[Planned]],
     extra: dict[str, Any],
     other_prompt: str | None = None,
+    base: str = "corrupt",
+    tensors: Mapping[str, Any] | None = None,
 ) -> Plan:
     """All rows in order; a row whose key came before is dropped and counted in the manifest."""
     rows: dict[str, PlannedRow] = {}
     asked = 0
     for i, probe in enumerate(probes):
         planned = lanes_of(probe)
+        total = asked + len(planned) * len(metrics) * len(seeds_of(probe))
+        if total > MOST_ROWS:
+            raise UsageError(
+                f"This plan has more than {MOST_ROWS} rows (prompts x seeds x sites x windows x "
+                "metrics); split it."
+            )
         for seed in seeds_of(probe):
             pair = setting.pair(probe, starts[seed])
             for lane, status in planned:
-                run = lane_digest(lane)[:16] if status == RUN else "corrupt"
+                run = lane_digest(lane)[:16] if status == RUN else base
                 for metric in metrics:
                     key = setting.key(probe, starts[seed], lane, metric)
                     row = PlannedRow(
@@ -146,4 +162,6 @@ def build_plan(
         manifest=manifest,
         starts=starts,
         other_prompt=other_prompt,
+        base=base,
+        tensors=tensors or {},
     )

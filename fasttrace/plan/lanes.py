@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fasttrace.adapters.corruption import corrupt_prompt
 from fasttrace.adapters.pipeline import Model
@@ -11,6 +12,7 @@ from fasttrace.adapters.spans import Tokens, token_text
 from fasttrace.adapters.text import TextEncoder
 from fasttrace.adapters.unet import UnetSites
 from fasttrace.errors import UsageError
+from fasttrace.plan.sources import Written
 from fasttrace.plan.windows import Window
 from fasttrace.types import Branch, Corruption, Lane, Patch, Probe, Selector, Site, Span
 
@@ -20,6 +22,8 @@ UNREACHABLE = "unreachable"
 SAME_INPUT = "zero: nothing differs before it"
 
 TOKEN_WORDS = ("default", "subject", "last subject", "later", "EOS", "padding", "earlier")
+CLEAN_ALONE = (("clean", 1.0, "all"),)
+EITHER_RUN = ("clean", "corrupt")
 Planned = tuple[Lane, str]
 
 
@@ -31,18 +35,17 @@ def unet_lanes(
     layout: UnetSites,
     *,
     pooled: bool,
+    written: Written | None = None,
 ) -> list[Planned]:
-    """One lane per site and window."""
+    """One lane per window, site and source; `written` None is the clean activation."""
     lanes = []
     for window in windows:
         for site in sites:
-            selector = Selector(branch=branch, window=window)
-            lanes.append(
-                (
-                    Lane((Patch(site, selector),)),
-                    SAME_INPUT if _same_input(site, branch, window, layout, pooled) else RUN,
-                )
-            )
+            same = _same_input(site, branch, window, layout, pooled)
+            for source, strength, title in written.at(site) if written else CLEAN_ALONE:
+                selector = Selector(title, branch=branch, window=window)
+                status = SAME_INPUT if same and source in EITHER_RUN else RUN
+                lanes.append((Lane((Patch(site, selector, source, strength),)), status))
     return lanes
 
 
@@ -94,8 +97,9 @@ def text_lanes(
     sites: Sequence[Site],
     tokens: str | Sequence[str | int],
     corruption: Corruption,
+    written: Written | None = None,
 ) -> list[Planned]:
-    """One lane per site and token group of one probe.
+    """One lane per site, token group and source of one probe.
 
     Raises `UsageError` for positions outside the window and for a replacement that changes the
     number of tokens (positions of the two runs would not match).
@@ -109,11 +113,13 @@ def text_lanes(
         first = encoder.span(probe.prompt, probe.subject, probe.occurrence).start
         for selector in selectors[site.component]:
             positions = selector.tokens or ()
-            if not any(encoder.reached(site, p, eos) for p in positions):
-                status = UNREACHABLE
-            else:
-                status = CAUSAL if max(positions) < first else RUN
-            lanes.append((Lane((Patch(site, selector),)), status))
+            reached = any(encoder.reached(site, p, eos) for p in positions)
+            hidden = encoder.causal and max(positions, default=0) < first
+            for source, strength, title in written.at(site) if written else CLEAN_ALONE:
+                status = CAUSAL if hidden and source in EITHER_RUN else RUN
+                label = selector.label if title == "all" else f"{selector.label}; {title}"
+                patch = Patch(site, replace(selector, label=label), source, strength)
+                lanes.append((Lane((patch,)), status if reached else UNREACHABLE))
     return lanes
 
 

@@ -13,6 +13,7 @@ from fasttrace.types import Branch, Corruption, CorruptionKind, Probe, Sampling
 
 COMPONENTS = ("unet", "text_encoder")
 _LARGEST_SEED = 2**63 - 1
+MOST_SEEDS = 1_000_000
 MOST_PIXELS = 2**26
 
 
@@ -48,6 +49,8 @@ def parse_seeds(seeds: Any) -> tuple[int, ...]:
     if isinstance(seeds, int) and not isinstance(seeds, bool):
         if seeds < 1:
             raise UsageError(f"{seeds} seeds were asked for; at least one is needed.")
+        if seeds > MOST_SEEDS:
+            raise UsageError(f"{seeds} seeds were asked for; at most {MOST_SEEDS} go together.")
         return tuple(range(seeds))
     if isinstance(seeds, str | bool) or not isinstance(seeds, Sequence) or not seeds:
         raise UsageError(f"Seeds are a count or a list of whole numbers; {seeds!r} was given.")
@@ -82,7 +85,7 @@ def parse_sampling(
         )
     for name in ("height", "width"):
         # The pipelines themselves refuse sizes that 8 doesn't divide.
-        unit = math.lcm(8, int(model.pipe.vae_scale_factor))
+        unit = math.lcm(8, model.family.unit)
         if not _whole(values[name]) or values[name] < unit or values[name] % unit:
             raise UsageError(f"The {name} {values[name]!r} is not a positive multiple of {unit}.")
     if values["height"] * values["width"] > MOST_PIXELS:

@@ -13,8 +13,7 @@ from fasttrace.types import Corruption, Lane, Metric, Probe, Sampling
 class PlannedRow:
     """One row to come: `lane` of (`probe`, `seed`) scored by `metric`.
 
-    `status` is "run", or why no run is needed: the row is then written with the corrupt run's
-    score.
+    `status` is "run", or why no run is needed: the row is then written with the base run's score.
     """
 
     key: str  # content hash, the same as the finished `Row.key`
@@ -41,6 +40,8 @@ class Plan:
     manifest: dict[str, Any]  # JSON: everything above, the model, its fingerprint, versions
     starts: Mapping[int, Any] = field(default_factory=dict, repr=False, compare=False)  # by seed
     other_prompt: str | None = None  # set in a swap: whose K/V the chosen layers read
+    base: str = "corrupt"  # the run that lanes are, but for their patches
+    tensors: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def total(self) -> int:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import shlex
+from typing import Any
 
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fasttrace.cli import progress
 from fasttrace.cli.options import (
     check_text,
+    full_command,
     parse_components,
     parse_seeds,
     parse_shard,
@@ -82,6 +86,38 @@ def test_components_and_tokens():
             parse([" , "])
     with pytest.raises(UsageError, match="UTF-8"):
         check_text("--prompt", "caf\udce9")
+
+
+def typed(*words: str, **settings: str) -> list[str]:
+    """What `full_command` makes of words typed."""
+    found: list[list[str]] = []
+    app = typer.Typer()
+
+    @app.command()
+    def command(
+        context: typer.Context,
+        name: str = "",
+        seeds: str = "0",
+        guidance: float | None = None,
+    ) -> None:
+        found.append(shlex.split(full_command(context, **settings)))
+
+    run: Any = typer.main.get_command(app)
+    run.main(list(words), standalone_mode=False, obj=shlex.join(["fasttrace", *words]))
+    return found[0]
+
+
+def test_the_full_command_spells_out_what_was_left_to_defaults():
+    settings = {"seeds": "0", "guidance": "7.5"}
+    left = ["--seeds", "0", "--guidance", "7.5"]
+    assert typed(**settings) == ["fasttrace", *left]
+    given = ["--name", "it's <a b>", "--guidance", "2"]
+    assert typed(*given, **settings) == ["fasttrace", *given, "--seeds", "0"]
+    assert typed("--seeds", "4:6", "--guidance", "3", **settings) == [
+        "fasttrace", "--seeds", "4:6", "--guidance", "3",
+    ]  # fmt: skip
+    assert typed(name="a b; rm") == ["fasttrace", "--name", "a b; rm"]
+    assert typed("--", **settings) == ["fasttrace", "--"]  # options don't go after it
 
 
 def test_lines_where_there_is_no_terminal():

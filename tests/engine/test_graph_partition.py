@@ -88,10 +88,13 @@ def test_tables(whole):
     else:
         steps = parts.step(values | {"timestep": timesteps})
         step_row = calls
-    slots = {f"slot:{name}": texts for name in parts.text.gives}
+    slots = {name: texts for name in body.reads if name.startswith("slot:")}
+    layers = {mark.rpartition(".")[0] for mark in parts.keys.values()}
+    assert 2 * len(layers) == len(parts.keys)
+    assert slots.keys() >= {f"slot:{layer}" for layer in layers}
     got = body(values | tables | steps | slots | {"step_row": step_row})["prediction"]
     assert torch.equal(got, expected)
-    slots[f"slot:{next(iter(parts.keys))}"] = texts.flip(0)  # one layer reads other texts
+    slots[f"slot:{min(layers)}"] = texts.flip(0)  # one layer reads other texts
     swapped = body(values | tables | steps | slots | {"step_row": step_row})["prediction"]
     assert not torch.equal(swapped, expected)
 

@@ -52,7 +52,7 @@ class Bench:
         values |= self.parts.text(values)
         values |= self.parts.step(values)
         rows = torch.arange(ROWS)
-        slots = {f"slot:{name}": rows for name in self.parts.text.gives}
+        slots = {name: rows for name in self.patched.reads if name.startswith("slot:")}
         return values | slots | {"step_row": rows}
 
     def run(self, tables=None, graph=None):

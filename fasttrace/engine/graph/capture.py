@@ -51,16 +51,23 @@ class Graph:
         return sum(node.op == "call_function" for node in self.module.graph.nodes)
 
 
-def capture(denoiser: nn.Module, inputs: Inputs, device: torch.device | None = None) -> Graph:
+def capture(
+    denoiser: nn.Module,
+    inputs: Inputs,
+    device: torch.device | None = None,
+    channels: int | None = None,
+) -> Graph:
     """The denoiser's prediction, given under "prediction", as a graph with marks.
 
     inputs: its keyword arguments; a tensor in a dictionary inside is read as "outer.inner". Only
     their shapes and dtypes matter; timestep has to be [B], so that the graph's step-only part works
-    on rows. device: trace as if everything were there (a denoiser on meta).
+    on rows. device: trace as if everything were there (a denoiser on meta). channels: the first
+    ones of the prediction, where its others (a variance) are not read.
 
     Raises `ModelError` where the forward pass holds tensors that are neither parameters nor
     buffers, calls a site twice, or depends on a tensor's value.
     """
+    _check_slicing(denoiser)
     weights = tensors_of(denoiser)
     given = flatten(inputs)
     reads = (*weights, *given)
@@ -71,7 +78,8 @@ def capture(denoiser: nn.Module, inputs: Inputs, device: torch.device | None = N
         arguments = _unflatten(inputs, values)
         own = {name: values[name] for name in weights}
         output = torch.func.functional_call(denoiser, own, (), arguments)
-        return (output[0] if isinstance(output, tuple) else output.sample,)
+        prediction = output[0] if isinstance(output, tuple) else output.sample
+        return (prediction if channels is None else prediction[:, :channels],)
 
     try:
         with torch.no_grad(), mode, marking(denoiser):
@@ -91,6 +99,20 @@ def capture(denoiser: nn.Module, inputs: Inputs, device: torch.device | None = N
         ) from error
     _check(module.graph)
     return make_graph(module.graph, reads, ("prediction",))
+
+
+def _check_slicing(denoiser: nn.Module) -> None:
+    sliced = [
+        name
+        for name, module in denoiser.named_modules()
+        if getattr(getattr(module, "processor", None), "slice_size", None) is not None
+    ]
+    if sliced:
+        raise ModelError(
+            f"Attention slicing is on in {len(sliced)} modules (first: {sliced[0]}), which does "
+            "one thing after another for every row; call pipe.disable_attention_slicing(), or use "
+            "the reference engine."
+        )
 
 
 def tensors_of(denoiser: nn.Module) -> dict[str, Tensor]:

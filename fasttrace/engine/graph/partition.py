@@ -97,9 +97,10 @@ def remove_no_ops(graph: Graph) -> tuple[Graph, dict[str, int]]:
 def with_tables(parts: Parts) -> Graph:
     """The body reading tables: what it read as [B, ...] it gathers from [rows, ...] by itself.
 
-    "text:..." becomes a table over text slots, gathered by "slot:text:..." [B] int64, one a value,
-    so that a layer may read another prompt; "step:..." a table over calls (times text slots),
-    gathered by "step_row" [B] int64. Each is gathered just before its first use.
+    "text:..." becomes a table over text slots, gathered by "slot:<site>" [B] int64, one for a
+    layer's keys and values, so that it may read another prompt ("slot:text:..." for what is
+    neither); "step:..." a table over calls (times text slots), gathered by "step_row" [B] int64.
+    Each is gathered just before its first use.
     """
     new = copy_of(parts.body.module.graph)
     reads = list(parts.body.reads)
@@ -109,7 +110,8 @@ def with_tables(parts: Parts) -> Graph:
     for name, place in zip(parts.body.reads, places, strict=True):
         if not name.startswith(("text:", "step:")):
             continue
-        key = f"slot:{name}" if name.startswith("text:") else "step_row"
+        layer = parts.keys.get(name, "").rpartition(".")[0] or name
+        key = f"slot:{layer}" if name.startswith("text:") else "step_row"
         if key not in indices:
             with new.inserting_after(next(reversed(indices.values()), places[-1])):
                 indices[key] = new.placeholder(f"index_{len(indices)}")

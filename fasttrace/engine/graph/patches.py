@@ -30,18 +30,21 @@ class Point:
     `<site>/index` [B] int64: the row of the source that each row takes, or -1.
     `<site>/strength` [B] float32. `<site>/mask`, unless the mask is "none": factors of the
     strength, see `mask_shape`. `<site>/source` [S, ...] where the source is "buffer"; where it is
-    "rows", the site's own rows of this very call are the source.
+    "rows", the site's own rows of this very call are the source. With `adds`, to what is there then
+    `<site>/add_scale` [B] times row `<site>/add_index` [B] int64 of the buffer is added.
     """
 
     site: str
     mask: MaskKind = "none"
     source: Literal["buffer", "rows"] = "buffer"
+    adds: bool = False
 
     @property
     def tables(self) -> tuple[str, ...]:
         parts = ["index", "strength"]
         parts += ["mask"] if self.mask != "none" else []
         parts += ["source"] if self.source == "buffer" else []
+        parts += ["add_index", "add_scale"] if self.adds else []
         return tuple(f"{self.site}/{part}" for part in parts)
 
 
@@ -79,6 +82,8 @@ def insert_patches(graph: Graph, points: Sequence[Point], *, differentiable: boo
             if not alone:
                 patched.meta["val"] = node.meta["val"]
                 result = patched
+            if point.adds:
+                result = _add(new, node, result, read)
         node.replace_all_uses_with(result)
         new.erase_node(node)
     return make_graph(new, tables.reads, graph.gives)
@@ -130,6 +135,9 @@ def make_tables(
         if point.mask != "none":
             shape = mask_shape(mark, point.mask, rows)
             tables[f"{point.site}/mask"] = torch.ones(shape, device=device)
+        if point.adds:
+            tables[f"{point.site}/add_index"] = torch.zeros(rows, dtype=torch.int64, device=device)
+            tables[f"{point.site}/add_scale"] = torch.zeros(rows, dtype=dtype, device=device)
         if point.source == "buffer":
             tables[f"{point.site}/source"] = torch.zeros(
                 (sources, *mark.shape), dtype=dtype, device=device
@@ -155,6 +163,23 @@ def mask_shape(mark: Mark, kind: MaskKind, rows: int) -> tuple[int, ...]:
             f"expected {', '.join(known)}."
         )
     return (rows, *known[kind])
+
+
+def _add(graph: fx.Graph, mark: fx.Node, own: fx.Node, read: Mapping[str, fx.Node]) -> fx.Node:
+    """`own` and, scaled, a row of the buffer each: a scale of 0 adds zeros."""
+    val = mark.meta["val"]
+    with graph.inserting_before(mark):
+        rows = graph.call_function(
+            aten.index_select.default, (read["source"], 0, read["add_index"])
+        )
+        scale = graph.call_function(
+            aten.view.default, (read["add_scale"], [-1] + [1] * (val.ndim - 1))
+        )
+        scaled = graph.call_function(aten.mul.Tensor, (rows, scale))
+        result = graph.call_function(aten.add.Tensor, (own, scaled))
+    for node in (rows, scaled, result):
+        node.meta["val"] = val
+    return result
 
 
 class _Tables:

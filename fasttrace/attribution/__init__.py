@@ -1,0 +1,1 @@
+"""What a patch would do, read off gradients: every site, head, token and channel at once."""

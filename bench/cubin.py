@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ class Figures:
     tensor_macs: int  # multiply-adds of those, one warp's or a quarter of a warp group's
     loads: int  # of global memory, straight to shared memory among them
     wide_loads: int  # of 128 bits
+    unwritten: int  # uniform registers that are read and that no instruction writes
 
     @staticmethod
     def from_json(stored: Mapping[str, Any]) -> Figures:
@@ -118,9 +119,14 @@ _TILES = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4}
 
 @dataclass(frozen=True)
 class Code:
-    """The instructions of one function, as names such as LDG.E.128."""
+    """The instructions of one function, as names such as LDG.E.128.
+
+    unwritten: numbers of uniform registers that are read and never written. They hold whatever was
+    there: ptxas 12.8 makes descriptors for tensor cores of such ones.
+    """
 
     opcodes: tuple[str, ...]
+    unwritten: tuple[int, ...] = ()
 
     def count(self, *stems: str, having: str = "") -> int:
         return sum(
@@ -151,15 +157,48 @@ def _macs(opcode: str) -> int:
 def read_sass(text: str) -> dict[str, Code]:
     """Of `cuobjdump -sass`: the opcodes by the function's name, mangled."""
     found: dict[str, list[str]] = {}
-    opcodes: list[str] = []
+    lines: dict[str, list[str]] = {}
+    name = ""
     for line in text.splitlines():
         if function := _SASS_FUNCTION.match(line):
-            opcodes = found.setdefault(function[1], [])
-        elif instruction := _INSTRUCTION.match(line):
-            opcodes.append(instruction[1])
+            name = function[1]
+            found[name], lines[name] = [], []
+        elif name and (instruction := _INSTRUCTION.match(line)):
+            found[name].append(instruction[1])
+            lines[name].append(line[instruction.end(1) :].partition(";")[0])
     if not any(found.values()):
         raise ValueError(f"no instruction was read from {text[:200]!r}")
-    return {name: Code(tuple(opcodes)) for name, opcodes in found.items()}
+    return {
+        name: Code(tuple(opcodes), unwritten_uniforms(opcodes, lines[name]))
+        for name, opcodes in found.items()
+    }
+
+
+_UNIFORM = re.compile(r"\bUR(\d+)\b")
+_DESCRIPTOR = re.compile(r"\bgdesc\[UR(\d+)\]")  # of shared memory: four registers
+
+
+def unwritten_uniforms(opcodes: Sequence[str], operands: Sequence[str]) -> tuple[int, ...]:
+    """Of instructions in any order, so one that is written later or elsewhere counts as written."""
+    written: set[int] = set()
+    read: set[int] = set()
+    for opcode, given in zip(opcodes, operands, strict=True):
+        parts = [part.strip() for part in given.split(",")]
+        # Results come first, predicates among them.
+        results = [part for part in parts[:3] if re.fullmatch(r"UP\w+|UR\d+", part)]
+        result = next((part for part in results if part.startswith("UR")), None)
+        if result is not None and (opcode.startswith(("U", "R2UR", "S2UR", "LDCU", "VOTEU"))):
+            first = int(result[2:])
+            wide = ".64" in opcode or ".WIDE" in opcode
+            width = 4 if ".128" in opcode else 2 if wide else 1
+            written.update(range(first, first + width))
+            parts.remove(result)
+        for part in parts:
+            for first in map(int, _DESCRIPTOR.findall(part)):
+                read.update(range(first, first + 4))
+            if "desc[" not in part:
+                read.update(map(int, _UNIFORM.findall(part)))
+    return tuple(sorted(read - written))
 
 
 def tool(name: str) -> str:
@@ -198,4 +237,5 @@ def figures(chip: Chip, usage: Usage, code: Code, *, shared: int, warps: int) ->
         tensor_macs=code.tensor_macs,
         loads=code.count("LDG", "LDGSTS"),
         wide_loads=code.count("LDG", "LDGSTS", having="128"),
+        unwritten=len(code.unwritten),
     )

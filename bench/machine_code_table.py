@@ -26,6 +26,7 @@ _WORSE = {
     "tensor_macs": 1,
     "blocks": -1,
     "wide_loads": -1,
+    "unwritten": 1,
     "fits": -1,
 }
 

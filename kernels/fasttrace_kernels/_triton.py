@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 try:
@@ -18,4 +19,14 @@ except ImportError:
         return function
 
 
-__all__ = ["available", "jit", "tl", "triton"]
+@cache
+def ptxas_version() -> tuple[int, int]:
+    """Of the assembler that Triton runs for NVIDIA's GPUs; (0, 0) where it doesn't say."""
+    try:
+        major, minor = triton.knobs.nvidia.ptxas.version.split(".")[:2]
+        return int(major), int(minor)
+    except Exception:
+        return 0, 0
+
+
+__all__ = ["available", "jit", "ptxas_version", "tl", "triton"]

@@ -1,8 +1,7 @@
 """How the attention kernel is launched: frozen values, chosen in one place.
 
 The values come from compiling for sm_80 and sm_90 (`python -m bench.machine_code`): up to a head
-of 160 nothing is spilled, and on sm_80 two blocks an SM for heads of 40 and 80. None was timed on a
-GPU.
+of 160 nothing is spilled, and on sm_80 two blocks an SM for heads of 40 and 80.
 """
 
 from __future__ import annotations
@@ -64,6 +63,16 @@ def all_keys_at_once(
         return True
     fits = sm is None or (dtype != torch.float32 and sum(split(head_size)) <= 160)
     return fits and keys <= SHORT_KEYS
+
+
+def split_fails(sm: int, dtype: torch.dtype, ptxas: tuple[int, int]) -> bool:
+    """Whether a head in two parts comes out wrong, other than in the loop over aligned keys.
+
+    For sm_90 ptxas 12.8 (Triton 3.3 to 3.6) describes the second part's shared memory by a register
+    that nothing has written: wrong results or an illegal access, both seen on an H100. 12.9 and
+    13.0 don't.
+    """
+    return sm == 90 and dtype != torch.float32 and ptxas < (12, 9)
 
 
 def attention_config(

@@ -14,14 +14,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import _registry
-from ._triton import triton
+from ._triton import ptxas_version, triton
 from .attention_configs import (
     LARGEST_HEAD,
     MAPS_KEYS,
     AttentionConfig,
     all_keys_at_once,
     attention_config,
+    padded,
     split,
+    split_fails,
 )
 from .patch_attention_kernel import patch_attention_kernel
 
@@ -280,10 +282,6 @@ def _launch(
     keys = key.shape[2]
     sm = architecture(query.device)
     short = all_keys_at_once(sm, query.dtype, size, keys, maps=maps is not None)
-    if config is None:
-        config = attention_config(sm, query.dtype, size, short=short, splice=index is not None)
-    d1, d2 = split(size)
-    block_n, tail_n = split(keys) if short else (config.block_n, 0)
     query = query if query.stride(3) == 1 else query.contiguous()
     # The short path's offsets within a head have 32 bits.
     limit = OFFSETS_END if short else math.inf
@@ -294,6 +292,13 @@ def _launch(
         for tensor in (key, value)
     )
     align, strides = _strides(query, key, value)
+    d1, d2 = split(size)
+    if d2 and sm is not None and split_fails(sm, query.dtype, ptxas_version()):
+        short = maps is not None
+        d1, d2 = padded(size) if short or align == 1 else (d1, d2)
+    if config is None:
+        config = attention_config(sm, query.dtype, size, short=short, splice=index is not None)
+    block_n, tail_n = split(keys) if short else (config.block_n, 0)
     share, share_strides = out, (0, 0)  # not read
     if index is not None:
         share = query.new_ones((), dtype=torch.float32) if strength is None else strength

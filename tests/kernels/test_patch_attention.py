@@ -5,6 +5,7 @@ is left to tests/ptx, which executes what was compiled.
 """
 
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -391,3 +392,56 @@ def test_triton_shows_an_index_that_no_host_checked():
 
 def test_triton_runs_in_the_interpreter_here():
     assert type(patch_attention_kernel).__name__ == "InterpretedFunction"
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Constants of launches, on a made-up H100 whose assembler is of the version given."""
+    seen = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **arguments: seen.append(arguments)
+
+    def constants(version, size, keys, dtype=torch.float16, form=launch):
+        module = sys.modules[launch.__module__]
+        monkeypatch.setattr(module, "patch_attention_kernel", Kernel())
+        monkeypatch.setattr(module, "architecture", lambda device: 90)
+        monkeypatch.setattr(module, "ptxas_version", lambda: version)
+        query, key = (torch.zeros(2, n, 3, size, dtype=dtype) for n in (70, keys))
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        form(query, key, key)
+        (arguments,) = seen
+        seen.clear()
+        return arguments
+
+    return constants
+
+
+@pytest.mark.parametrize("size", [40, 80, 160])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_no_part_that_an_old_assembler_loses(launched, size, dtype):
+    """tests/gpu met wrong results and illegal accesses; tests/machine_code sees the cause."""
+    split = attention_configs.split(size)
+    for version in ((12, 8), (0, 0)):
+        text = launched(version, size, 77, dtype)
+        assert not text["SHORT"]
+        assert (text["D1"], text["D2"], text["TAIL_N"]) == (*split, 0)
+        maps = launched(version, size, 77, dtype, form=launch_maps)
+        assert maps["SHORT"]
+        assert (maps["D1"], maps["D2"]) == attention_configs.padded(size)
+    for version in ((12, 9), (13, 0)):
+        text = launched(version, size, 77, dtype)
+        assert text["SHORT"]
+        assert (text["D1"], text["D2"]) == split
+
+
+def test_a_head_that_is_not_aligned_is_one_part_for_an_old_assembler(launched):
+    picture = launched((12, 8), 33, 900)
+    assert (picture["D1"], picture["D2"], picture["ALIGN"]) == (64, 0, 1)
+    assert launched((12, 9), 33, 900)["D2"] == 16
+    for version in ((12, 8), (12, 9)):  # float32 has no tensor cores
+        assert launched(version, 40, 900, torch.float32)["D2"] == 16
+        whole = launched(version, 64, 77)
+        assert whole["SHORT"]
+        assert (whole["D1"], whole["D2"]) == (64, 0)

@@ -74,6 +74,23 @@ def test_a_group_of_four_warps_counts_as_one_warp_of_it():
     assert (code.tensor_unit, code.tensor_macs) == ("HGMMA", 64 * 32 * 16 // 4)
 
 
+def test_uniform_registers_that_nothing_writes():
+    """As ptxas 12.8 writes it: a descriptor made of UR16, which holds whatever was there."""
+    code = """
+		Function : attention
+        /*0000*/                   ULDC.64 UR4, c[0x0][0x238] ;        /* 0x0 */
+        /*0010*/                   UIMAD.WIDE.U32 UR6, UR5, UR4, URZ ; /* 0x0 */
+        /*0020*/                   LDG.E.128 R4, desc[UR20][R2.64+0x40] ; /* 0x0 */
+        /*0030*/                   UIADD3 UR8, UP0, {low}, 0x20, URZ ; /* 0x0 */
+        /*0040*/                   UIADD3.X UR9, UR7, -0x3ffffff0, URZ, UP0, !UPT ; /* 0x0 */
+        /*0050*/                   UIADD3.64 UR10, UR8, 0x40, URZ ;    /* 0x0 */
+        /*0060*/                   HGMMA.64x16x16.F32 R24, R44, gdesc[UR8].tnspB, R24 ; /* 0x0 */
+    """
+    assert read_sass(code.format(low="UR16"))["attention"].unwritten == (16,)
+    assert read_sass(code.format(low="UR6"))["attention"].unwritten == ()
+    assert read_sass(SASS)["step"].unwritten == (4, 5, 6, 7)
+
+
 @pytest.mark.parametrize("read", [read_usage, read_sass])
 def test_text_that_says_nothing_is_an_error(read):
     with pytest.raises(ValueError, match="cuobjdump info"):

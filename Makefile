@@ -16,13 +16,15 @@ INSTALL := $(PIP) install -qq $(PIP_ARGS)
 export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help venv demo demo-full bench bench-ops test test-kernels lint format types clean FORCE
+.PHONY: help venv demo demo-full bench bench-ops test test-kernels test-gpu contract lint format types clean FORCE
 
 help:
 	@echo "make demo       trace the bundled model and write a report to demo-out/"
 	@echo "make demo-full  the same with every site, prompt and seed"
 	@echo "make test       run the tests         make lint types   check style and types"
 	@echo "make test-kernels  compile every kernel and look at it; minutes, no GPU needed"
+	@echo "make test-gpu      kernels and engine on a CUDA device"
+	@echo "make contract   test under the oldest and the newest libraries claimed; 3 minutes"
 	@echo "make bench      whole sweeps side by side; an hour or two, on an idle machine"
 	@echo "make bench-ops  only the ops against what they replace; a minute or two"
 	@echo "make format     apply the style       make clean        remove what make made"
@@ -67,11 +69,19 @@ bench-ops: venv
 
 # Two processes with half the threads each: small models are bound by what one thread does.
 test: venv
-	OMP_NUM_THREADS=$$(( ($$(nproc) + 1) / 2 )) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not kernels_slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$$(( ($$(nproc) + 1) / 2 )) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not kernels_slow and not contract" $(PYTEST_ARGS)
 
 # One process, which starts others itself.
 test-kernels: venv
 	$(BIN)/python -m pytest -m kernels_slow $(PYTEST_ARGS)
+
+# Needs a CUDA device; Triton's kernels are compiled and not interpreted.
+test-gpu: venv
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu -W ignore::DeprecationWarning $(PYTEST_ARGS)
+
+# Under the oldest and the newest diffusers and transformers that are claimed; CONTRACT=latest.
+contract: venv
+	.ci/contract $(CONTRACT)
 
 lint: venv
 	$(BIN)/ruff format --check .

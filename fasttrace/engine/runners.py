@@ -15,8 +15,7 @@ Runner = Callable[[], None]  # makes one call
 class CudaGraph:
     """The whole call captured once and replayed: tables, denoiser, guidance, next latent.
 
-    Never run on a GPU by us; see docs/engine.md for what is checked instead. All graphs of an
-    engine share one memory pool, since they never run at the same time.
+    All graphs of an engine share one memory pool, since they never run at the same time.
     """
 
     WARM_UP = 3

@@ -26,6 +26,7 @@ from fasttrace.engine.compiled import Denoiser, compile_denoiser, of_model
 from fasttrace.engine.options import Options
 from fasttrace.engine.predict import ASSUMED, DEVICES, Prediction, calibrate, predict
 from fasttrace.engine.schedule import read_schedule
+from fasttrace.engine.workshop import SHARE
 from fasttrace.errors import UsageError
 from fasttrace.plan.lanes import RUN, unet_lanes
 from fasttrace.plan.options import parse_branch
@@ -33,6 +34,16 @@ from fasttrace.plan.plan import Plan
 from fasttrace.plan.windows import resolve_windows
 from fasttrace.rows import lanes_of
 from fasttrace.types import Lane, Sampling
+
+# Of a data sheet's peak, as published for large transformers, whose products are larger than a
+# UNet's at a few rows: what a guess such as `ASSUMED` can be held against.
+PUBLISHED = (
+    "52 % in training on A100 (Megatron-LM, arXiv:2104.04473)",
+    "38 to 43 % in training on H100 (Llama 3, arXiv:2407.21783)",
+    "35 to 75 % in attention alone on H100 (FlashAttention-3, arXiv:2407.08608)",
+)
+# Of a card's memory beside the weights, what the engine takes (engine/workshop.py).
+TAKEN = SHARE["cuda"]
 
 
 def forecast_plan(
@@ -110,12 +121,11 @@ def forecast_architecture(
     """
     if device is not None and device not in DEVICES:
         raise UsageError(f"Unknown device {device!r}; expected one of {', '.join(DEVICES)}.")
+    _traced(name)
     steps = STEPS.get(name, 50) if steps is None else steps
     for what, number in (("prompts", prompts), ("seeds", seeds), ("steps", steps)):
         if number < 1:
             raise UsageError(f"{number} {what} were asked for; at least 1 is needed.")
-    if name in UNTRACED:
-        raise UsageError(f"'{name}' is listed and counted, not traced, so no trace can be planned.")
     guidance = GUIDANCE.get(name, 7.5) if guidance is None else guidance
     guided = guidance > 1
     unet, denoiser = architecture(name)
@@ -149,10 +159,69 @@ def forecast_architecture(
     return replace(found, seconds=found.flops / (ASSUMED * DEVICES[device] * 1e12))
 
 
-def architecture(name: str) -> tuple[Any, Denoiser]:
-    """A published UNet on the meta device, compiled from shapes alone. `UsageError` if unknown."""
+def find_device(name: str) -> str:
+    """As it stands in `DEVICES`: "h100", "rtx-4090" and "RTX4090" are found. Else `UsageError`."""
+    plain = {_plain(known): known for known in DEVICES}
+    if _plain(name) not in plain:
+        raise UsageError(f"Unknown device {name!r}; expected one of {', '.join(DEVICES)}.")
+    return plain[_plain(name)]
+
+
+def _plain(name: str) -> str:
+    return name.casefold().translate({ord(c): None for c in " -_"})
+
+
+def weight_bytes(name: str) -> dict[str, int]:
+    """Of a published pipeline in 16 bits, by component: UNet, text encoders, prior, VAE.
+
+    Of Kandinsky the VAE and the image encoder are left out. Raises `UsageError` for names that are
+    unknown or not traced.
+    """
+    _traced(name)
+    from diffusers import PriorTransformer
+
+    found = {}
+    for part, config in ARCHITECTURES[name].items():
+        if "text_encoder" in part:
+            found[part] = _text_parameters(config)
+        elif part == "prior":
+            build: Any = PriorTransformer.from_config
+            with torch.device("meta"):
+                found[part] = sum(p.numel() for p in build(dict(config)).parameters())
+        else:
+            found[part] = sum(p.numel() for p in _on_meta(config, torch.half).parameters())
+    if "prior" not in found:
+        found["vae"] = _VAE
+    return {part: 2 * number for part, number in found.items()}
+
+
+_VAE = 83_653_863  # parameters of Stable Diffusion's, in every version
+_CLIP_VOCABULARY = 49_408
+
+
+def _text_parameters(config: Mapping[str, Any]) -> int:
+    """Of a text encoder: embeddings, and in each layer four projections, an MLP and two norms."""
+    width, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+    words = config.get("vocab_size", _CLIP_VOCABULARY) + config["max_position_embeddings"]
+    layer = 4 * width * (width + 1) + 2 * width * inner + width + inner + 4 * width
+    ends = 2 * width + width * int(config.get("projection_dim", 0))
+    return words * width + int(config["num_hidden_layers"]) * layer + ends
+
+
+def _known(name: str) -> None:
     if name not in ARCHITECTURES:
         raise UsageError(f"Unknown architecture {name!r}; known: {', '.join(ARCHITECTURES)}.")
+
+
+def _traced(name: str) -> None:
+    _known(name)
+    if name in UNTRACED:
+        raise UsageError(f"'{name}' is listed and counted, not traced, so no trace can be planned.")
+
+
+def architecture(name: str) -> tuple[Any, Denoiser]:
+    """A published UNet on the meta device, compiled from shapes alone. `UsageError` if unknown."""
+    _known(name)
     return compile_configuration(ARCHITECTURES[name]["unet"])
 
 
@@ -160,11 +229,7 @@ def compile_configuration(
     given: Mapping[str, Any], dtype: torch.dtype = torch.half
 ) -> tuple[Any, Denoiser]:
     """The UNet of a `unet/config.json` on the meta device, compiled from shapes alone."""
-    from diffusers import UNet2DConditionModel
-
-    build: Any = UNet2DConditionModel.from_config
-    with torch.device("meta"):
-        unet = build(dict(given)).to(dtype).eval()
+    unet = _on_meta(given, dtype)
     config = unet.config
     side = config.sample_size
 
@@ -172,3 +237,12 @@ def compile_configuration(
         return meta_inputs(config, rows, side, side, 77, dtype)
 
     return unet, compile_denoiser(unet, inputs, torch.device("cpu"))
+
+
+def _on_meta(given: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    build: Any = UNet2DConditionModel.from_config
+    with torch.device("meta"):
+        unet = build(dict(given)).eval()
+    return torch.nn.Module.to(unet, dtype)  # diffusers' own warns of parts it keeps: here none

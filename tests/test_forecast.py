@@ -1,20 +1,22 @@
 """What is said beforehand is what runs."""
 
+import json
 from functools import cache
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from fasttrace import Tracer, forecast
 from fasttrace.adapters.architectures import ARCHITECTURES
 from fasttrace.adapters.catalogue import list_sites
 from fasttrace.adapters.unet import meta_inputs
+from fasttrace.cli import main
 from fasttrace.engine.options import Options
 from fasttrace.errors import UsageError
-from fasttrace.forecast import architecture, forecast_architecture
+from fasttrace.forecast import architecture, find_device, forecast_architecture, weight_bytes
 from fasttrace.types import Probe
 
 
@@ -92,24 +94,46 @@ def paper(name):
     return {site.name for site in list_sites(name)}
 
 
-def weights_of(name):
-    """Bytes of a published pipeline in 16 bits: UNet, text encoders, VAE."""
-    parts = [forecast.architecture(name)[0]]
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+def test_weights_are_those_of_the_modules(name):
+    """Built on meta: text encoders, and the VAE with its published configuration."""
+    found = weight_bytes(name)
     with torch.device("meta"):
         for part, config in ARCHITECTURES[name].items():
             if "text_encoder" in part:
-                parts.append(CLIPTextModel(CLIPTextConfig(**config)))
+                kind = CLIPTextModelWithProjection if "projection_dim" in config else CLIPTextModel
+                module = kind(CLIPTextConfig(**config))
+                assert found[part] == 2 * sum(p.numel() for p in module.parameters()), part
         channels = (128, 256, 512, 512)
         kinds = {
             f"{way}_block_types": (f"{way.title()}{word}Block2D",) * 4
             for way, word in (("down", "Encoder"), ("up", "Decoder"))
         }
-        parts.append(
-            AutoencoderKL(
-                block_out_channels=channels, layers_per_block=2, latent_channels=4, **kinds
-            )
+        vae = AutoencoderKL(
+            block_out_channels=channels, layers_per_block=2, latent_channels=4, **kinds
         )
-    return 2 * sum(p.numel() for part in parts for p in part.parameters())
+    assert found["vae"] == 2 * sum(p.numel() for p in vae.parameters())
+    unet = forecast.architecture(name)[0]
+    assert found["unet"] == 2 * sum(p.numel() for p in unet.parameters())
+
+
+def test_weights_of_kandinsky():
+    """Billions of parameters as published: a decoder of 1.2, a prior of 1."""
+    found = {part: size / 2e9 for part, size in weight_bytes("kandinsky21").items()}
+    assert found["unet"] == pytest.approx(1.22, abs=0.05)
+    assert found["prior"] == pytest.approx(1.0, abs=0.05)
+    assert found["text_encoder"] == pytest.approx(0.56, abs=0.01)  # XLM-Roberta large
+    assert "vae" not in found
+    assert weight_bytes("kandinsky22")["prior_text_encoder"] / 2e9 == pytest.approx(0.69, abs=0.01)
+    with pytest.raises(UsageError, match="'if' is listed and counted, not traced"):
+        weight_bytes("if")
+
+
+@pytest.mark.parametrize("text", ["h100", "H100", "H-100", " h 100"])
+def test_a_device_is_found(text):
+    assert find_device(text) == "H100"
+    with pytest.raises(UsageError, match="Unknown device 'Z80'; expected one of T4"):
+        find_device("Z80")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +146,7 @@ def weights_of(name):
 )
 def test_memory_on_cards(name, weights, batches):
     """24 prompts on cards of 12, 24 and 80 GB, of whose free memory the engine takes 80 %."""
-    taken = weights_of(name)
+    taken = sum(weight_bytes(name).values())
     assert taken / 1e9 == pytest.approx(weights, abs=0.01)
     work = []
     for card, lanes in batches.items():
@@ -186,3 +210,45 @@ def test_a_device_gives_an_estimate():
 def test_wrong_calls(options, words):
     with pytest.raises(UsageError, match=words):
         forecast_architecture(**({"name": "sd15"} | options))
+
+
+# ---- from the command line
+
+
+def test_plan_of_an_architecture(capsys):
+    assert main(["plan", "sd15", "--prompts", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["lanes"], found["calls"]) == (140, 51)
+    assert found["bound_flops"] < found["useful_flops"] < found["flops"]
+    assert {"peak_bytes", "batches"} <= found.keys()
+    assert main(["plan", "sd15", "--prompts", "2", "--gpu", "A100"]) == 0
+    out = capsys.readouterr().out
+    assert "140 patched runs of 51 denoiser calls" in out
+    assert "the data sheet of the A100, never measured" in out
+
+
+def test_a_plan_on_paper(capsys):
+    """The device in any spelling, the model as an option, a card's memory, what is assumed."""
+    arguments = ["plan", "--device", "h100", "--model", "sd15", "--prompts", "2"]
+    assert main([*arguments, "--memory", "12GB", "--steps", "10"]) == 0
+    out, errors = capsys.readouterr()
+    assert errors == ""
+    for words in (
+        "140 patched runs of 11 denoiser calls",
+        "an estimate from the data sheet of the H100, never measured",
+        "2.0 GiB in 16 bits (unet, text encoder, vae)",
+        "fits in 11.2 GiB: 7.4 GiB of it, 80 % of what the weights leave",
+        "40 % of 989 TFLOP/s, the data sheet's peak in 16 bits",
+        "38 to 43 % in training on H100 (Llama 3, arXiv:2407.21783)",
+    ):
+        assert words in out
+    assert main([*arguments, "--memory", "3gb", "--json"]) == 0
+    small = json.loads(capsys.readouterr().out)
+    assert (small["device"], small["assumed"], small["fits"]) == ("H100", 0.4, True)
+    assert small["largest_batch"] < 26  # of what fits a card of 12 GB
+    assert small["peak_bytes"] <= 0.8 * (3e9 - small["weight_bytes"])
+
+
+def test_published_steps_and_guidance(capsys):
+    assert main(["plan", "kandinsky21", "--prompts", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["calls"] == 100

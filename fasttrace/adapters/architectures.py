@@ -142,6 +142,7 @@ _OPEN_CLIP_BIGG: dict[str, Any] = {
 
 # Kandinsky 2.1's own: M-CLIP/XLM-Roberta-Large-Vit-L-14. The pipeline reads 77 tokens.
 _XLM_ROBERTA: dict[str, Any] = {
+    "vocab_size": 250_002,
     "hidden_size": 1024,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,

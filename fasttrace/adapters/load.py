@@ -6,6 +6,7 @@ import json
 import re
 from contextlib import suppress
 from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def load(
         logging.set_verbosity(verbosity)
 
     here: dict[str, Any] = {"local_files_only": local_only(source)}
-    options = {"dtype": kind, **here} | ({"variant": variant} if variant else {})
+    options = {_dtype_option(): kind, **here} | ({"variant": variant} if variant else {})
     index = model_index(source) if isinstance(source, Path) else {}
     if "safety_checker" in index:
         options |= {"safety_checker": None, "requires_safety_checker": False}
@@ -70,6 +71,12 @@ def load(
         raise loading_error(name, source, error) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(place)
+
+
+def _dtype_option() -> str:
+    """diffusers before 0.40 knows it by its older name alone, and ignores the newer one."""
+    major, minor = version("diffusers").split(".")[:2]
+    return "dtype" if (int(major), int(minor)) >= (0, 40) else "torch_dtype"
 
 
 def _has_card(source: Path | str) -> bool:

@@ -59,6 +59,12 @@ MetricName = Annotated[str | None, typer.Option(help="The score.", metavar="NAME
 Steps = Annotated[int | None, typer.Option(help="Inference steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16")]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        "--variant", help="Weight files by the word in their names: fp16.", metavar="WORD"
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 
 COMPONENTS = ("unet", "text_encoder")
@@ -141,16 +147,20 @@ def parse_tokens(texts: Sequence[str]) -> list[str | int]:
     return [int(word) if word.isdecimal() else word for word in parse_words(texts, "--tokens")]
 
 
-def parse_components(texts: Sequence[str]) -> list[str]:
-    """ "all" is every component; each once, in the model's order."""
+def parse_components(texts: Sequence[str], listed: Sequence[str] = ()) -> list[str]:
+    """ "all" is every component that is traced; each once, in the model's order.
+
+    listed: others that are known, by name alone.
+    """
     words = parse_words(texts, "--component")
-    unknown = [word for word in words if word not in (*COMPONENTS, "all")]
+    unknown = [word for word in words if word not in (*COMPONENTS, *listed, "all")]
     if unknown:
         raise UsageError(
-            f"--component {unknown[0]!r} is unknown: expected unet, text_encoder (every text "
-            "encoder) or all."
+            f"--component {unknown[0]!r} is unknown: expected "
+            f"{', '.join(['unet', 'text_encoder (every text encoder)', *listed])} or all."
         )
-    return [c for c in COMPONENTS if c in words or "all" in words]
+    every = [c for c in COMPONENTS if c in words or "all" in words]
+    return [*every, *(c for c in listed if c in words)]
 
 
 def parse_engine(clean: str | None, lanes: int | None, budget: float | None) -> dict[str, Any]:

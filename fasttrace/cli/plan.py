@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,8 +33,12 @@ NAME = "plan"
 
 def command(
     model: Annotated[
-        str, typer.Argument(help="sd14, sd15, sd21, sdxl (no weights), 'embedded', a folder.")
-    ],
+        str | None,
+        typer.Argument(help="sd14, sd15, sd21, sdxl (no weights), 'embedded', a folder."),
+    ] = None,
+    named: Annotated[
+        str | None, typer.Option("--model", help="The same as an option.", metavar="MODEL")
+    ] = None,
     probes: Annotated[Path | None, typer.Option(help="A file of captions.", metavar="FILE")] = None,
     prompts: Annotated[int, typer.Option(help="Without a file: so many captions.")] = 24,
     seeds: Annotated[int, typer.Option(help="Seeds of each.")] = 1,
@@ -50,7 +55,14 @@ def command(
     lanes: Lanes = None,
     budget: Budget = None,
     gpu: Annotated[
-        str | None, typer.Option(help="For an estimate on paper: A100, H100, RTX 4090, ...")
+        str | None,
+        typer.Option(
+            "--device", "--gpu", help="For an estimate on paper: A100, h100, rtx4090, ..."
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Of the card: 24GB, 16GiB. Batches are made to fit.", metavar="SIZE"),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -58,6 +70,9 @@ def command(
     from fasttrace.adapters.architectures import ARCHITECTURES
     from fasttrace.engine.options import Options
 
+    if (model is None) == (named is None):
+        raise UsageError("plan needs one model: `fasttrace plan sdxl`, or --model sdxl.")
+    model = model or named or ""
     options = Options(**parse_engine(clean, lanes, budget))
     for name, number in (("--prompts", prompts), ("--seeds", seeds)):
         if number < 1:
@@ -66,34 +81,19 @@ def command(
     words = parse_words(sites or ["paper"], "--sites")
     windows = parse_windows(window or [])
     sampling = {"steps": steps, "guidance": guidance, "branch": branch}
+    card = None if memory is None else parse_size("--memory", memory)
     if model in ARCHITECTURES:
-        from fasttrace.forecast import forecast_architecture
-
         if components != ["unet"] or probes is not None:
             raise UsageError(
                 f"'{model}' is a bare architecture: its UNet alone is planned, for a number of "
                 "--prompts. Give a folder with weights for text encoders and probes."
             )
-        found = {
-            "unet": forecast_architecture(
-                model,
-                prompts=prompts,
-                seeds=seeds,
-                sites=words,
-                window=windows,
-                branch=branch,
-                steps=50 if steps is None else steps,
-                guidance=guidance,
-                options=options,
-                device=gpu,
-            )
-        }
-    else:
-        if gpu is not None:
-            raise UsageError("--gpu goes with a bare architecture (sd15, sdxl, ...).")
-        found = _of_model(
-            model, components, probes, prompts, seeds, words, windows, sampling, options
-        )
+        chosen = {"prompts": prompts, "seeds": seeds, "sites": words, "window": windows}
+        on_paper(model, gpu, card, {**chosen, **sampling, "options": options}, as_json)
+        return
+    if gpu is not None or card is not None:
+        raise UsageError("--device and --memory go with a bare architecture (sd15, sdxl, ...).")
+    found = _of_model(model, components, probes, prompts, seeds, words, windows, sampling, options)
     if as_json:
         total: dict[str, Any] = asdict(next(iter(found.values())))
         if len(found) > 1:
@@ -101,7 +101,67 @@ def command(
         print(json.dumps({"model": model, **total}))
         return
     for name, one in found.items():
-        print("\n".join(describe(f"{model}, {name}", one, on_paper=gpu)))
+        print("\n".join(describe(f"{model}, {name}", one)))
+
+
+def on_paper(
+    model: str, device: str | None, card: int | None, asked: dict[str, Any], as_json: bool
+) -> None:
+    """Plan a bare architecture and print it. card: bytes of memory there."""
+    from fasttrace.engine.predict import ASSUMED, DEVICES
+    from fasttrace.forecast import (
+        PUBLISHED,
+        TAKEN,
+        find_device,
+        forecast_architecture,
+        weight_bytes,
+    )
+
+    device = None if device is None else find_device(device)
+    parts = weight_bytes(model)
+    weights = sum(parts.values())
+    room = None if card is None else int(TAKEN * (card - weights))
+    if room is not None and room <= 0:
+        raise UsageError(
+            f"The weights of '{model}' take {_bytes(weights)} in 16 bits: more than --memory."
+        )
+    found = forecast_architecture(model, device=device, memory=room, **asked)
+    if as_json:
+        about: dict[str, Any] = {"weight_bytes": weights, "memory": card, "device": device}
+        if device is not None:
+            about["assumed"] = ASSUMED
+        if room is not None:
+            about["fits"] = found.peak_bytes <= room
+        print(json.dumps({"model": model, **asdict(found), **about}))
+        return
+    print("\n".join(describe(f"{model}, unet", found, on_paper=device)))
+    names = ", ".join(name.replace("_", " ") for name in parts)
+    print(f"  weights  {_bytes(weights)} in 16 bits ({names})")
+    if card is not None and room is not None:
+        fits = "fits" if found.peak_bytes <= room else "does not fit"
+        print(
+            f"           {fits} in {_bytes(card)}: {_bytes(room)} of it, {100 * TAKEN:.0f} % of "
+            "what the weights leave, are for the trace"
+        )
+    if device is not None:
+        print(
+            f"  assumed  {100 * ASSUMED:.0f} % of {DEVICES[device]} TFLOP/s, the data sheet's peak "
+            "in 16 bits;"
+        )
+        said = ";\n           ".join(PUBLISHED)
+        print(f"           published, of large transformers: {said}.")
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(gb|gib|)", re.IGNORECASE)
+
+
+def parse_size(option: str, text: str) -> int:
+    """Bytes of "24GB", "24" (the same) or "16GiB". Raises `UsageError`."""
+    found = _SIZE.fullmatch(text.strip())
+    number = 0.0 if found is None else float(found[1])
+    if found is None or not 0 < number <= 100_000:
+        raise UsageError(f"{option} {text!r} can't be read: expected a size such as 24GB or 16GiB.")
+    return int(number * (2**30 if found[2].lower() == "gib" else 1e9))
 
 
 def _of_model(

@@ -22,6 +22,7 @@ from fasttrace.cli.options import (
     Model,
     Quiet,
     Sites,
+    Variant,
     check_text,
     parse_components,
     parse_engine,
@@ -63,6 +64,7 @@ def command(
     ] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
+    variant: Variant = None,
     clean: Clean = None,
     lanes: Lanes = None,
     budget: Budget = None,
@@ -96,7 +98,7 @@ def command(
         from fasttrace.profile.measure import last_word
 
         probe = Probe(prompt, check_text("--subject", subject or last_word(prompt)))
-        tracer = _tracer(check_text("MODEL", model), dtype, device, options)
+        tracer = _tracer(check_text("MODEL", model), dtype, device, variant, options)
         wanted: dict[str, Any] = {
             "steps": steps,
             "guidance": guidance,
@@ -135,8 +137,10 @@ def command(
 
 
 @contextmanager
-def new_folder(path: Path | None) -> Iterator[None]:
+def new_folder(path: Path | None, what: str = "the profile ") -> Iterator[None]:
     """Make it before the work that fills it, and take it away where that fails.
+
+    what: goes into it, for sentences about a disk.
 
     Raises `UsageError` where something is there already, `StoreError` where it can't be made.
     """
@@ -145,7 +149,7 @@ def new_folder(path: Path | None) -> Iterator[None]:
         return
     from fasttrace.store.disk import Writing, disk_errors, make_folder
 
-    writing = Writing("the profile ", "nothing of it was kept")
+    writing = Writing(what, "nothing of it was kept")
     with disk_errors(path, writing):
         there = path.is_symlink() or path.exists()
         if there and not (path.is_dir() and not any(path.iterdir())):
@@ -162,13 +166,15 @@ def new_folder(path: Path | None) -> Iterator[None]:
         raise
 
 
-def _tracer(model: str, dtype: str, device: str, options: dict[str, Any]) -> Tracer:
+def _tracer(
+    model: str, dtype: str, device: str, variant: str | None, options: dict[str, Any]
+) -> Tracer:
     from fasttrace.cli.sweep import quiet_libraries
 
     quiet_libraries()
     from fasttrace import Tracer, load
 
-    return Tracer(load(model, dtype=dtype, device=device), **options)
+    return Tracer(load(model, dtype=dtype, device=device, variant=variant), **options)
 
 
 def _ranges(tracer: Tracer, plan: Plan, quiet: bool) -> None:

@@ -48,6 +48,7 @@ class Request:
     edit: Path | None = None  # a saved edit that the model is traced with
     sources: Sequence[Source] = ()  # none: the clean run's activations
     base: str = "corrupt"
+    variant: str | None = None  # of the weight files
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def run(request: Request) -> Outcome:
     quiet_libraries()
     from fasttrace import Tracer, load, load_edit
 
-    pipe = load(request.model, dtype=request.dtype, device=request.device)
+    pipe = load(request.model, dtype=request.dtype, device=request.device, variant=request.variant)
     if request.edit is not None:
         load_edit(request.edit).apply_(pipe)
     tracer = Tracer(pipe, engine=request.engine, **request.options)

@@ -17,6 +17,7 @@ from fasttrace.cli.options import (
     Out,
     Quiet,
     Sites,
+    Variant,
     check_text,
     parse_components,
     parse_engine,
@@ -76,6 +77,7 @@ def command(
     ] = None,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    variant: Variant = None,
     engine: Annotated[
         str, typer.Option(help="fast, or reference: the definition, one run after another.")
     ] = "fast",
@@ -121,6 +123,7 @@ def command(
         sampling={"steps": steps, "guidance": guidance, "height": height, "width": width},
         dtype=dtype,
         device=device,
+        variant=variant,
         shard=parse_shard(shard),
         pictures=pictures,
         quiet=quiet,

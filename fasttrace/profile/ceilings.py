@@ -1,18 +1,22 @@
-"""What this machine can do at best, measured: matrix products, copies, starting an operator."""
+"""What this machine can do at best, measured: dense products, copies, starting an operator."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
+from torch.nn.functional import conv2d
 
 from fasttrace.engine.memory import available_bytes
 
 _ENOUGH = 0.02  # seconds of one product: longer ones are no faster
 _SIZES = (256, 512, 1024, 2048, 4096, 8192)
+# 3x3 convolutions: rows, channels, side. Some libraries are far quicker at them than at products.
+_CONVOLUTIONS = ((4, 256, 16), (4, 256, 32), (4, 256, 64), (16, 512, 64))
 _COPIED = 128 << 20  # bytes: more than a cache holds
 
 
@@ -28,14 +32,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """gemm: FLOP/s of the quickest square product, by dtype; size: of it.
+    """gemm: FLOP/s of the quickest dense product by dtype; by: which that was, in words.
 
     copy: bytes a second, read and written. dispatch: seconds until an operator with next to nothing
     to do returns.
     """
 
     gemm: Mapping[str, Measured]
-    size: Mapping[str, int]
+    by: Mapping[str, str]
     copy: Measured
     dispatch: float
 
@@ -46,33 +50,47 @@ class Ceilings:
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Ceilings:
     """seconds: of each of the three or four measurements, about."""
-    gemm, size = {}, {}
+    gemm, by = {}, {}
     with torch.no_grad():
         for kind in dict.fromkeys((torch.float32, dtype)):
             name = str(kind).removeprefix("torch.")
-            gemm[name], size[name] = _gemm(device, kind, seconds)
-        return Ceilings(gemm, size, _copy(device, seconds), _dispatch(device))
+            gemm[name], by[name] = _gemm(device, kind, seconds)
+        return Ceilings(gemm, by, _copy(device, seconds), _dispatch(device))
 
 
-def _gemm(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[Measured, int]:
-    """Of all sizes up to one that takes long enough, that which is multiplied quickest."""
-    best: tuple[Measured, int] | None = None
+def _gemm(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[Measured, str]:
+    """The quickest of square products and of convolutions, up to those that take long enough."""
+    best: tuple[Measured, str] | None = None
+    for kind in (_products(device, dtype), _convolutions(device, dtype)):
+        for name, work, amount in kind:
+            work()
+            took = min(_took(work, device) for _ in range(2))
+            found = _rate(work, amount, device, seconds / 6, took)
+            if best is None or found.highest > best[0].highest:
+                best = found, name
+            if took >= _ENOUGH:
+                break
+    assert best is not None
+    return best
+
+
+Work = tuple[str, Callable[[], object], int]  # its name, once of it, FLOPs
+
+
+def _products(device: torch.device, dtype: torch.dtype) -> Iterator[Work]:
     for size in _SIZES:
         left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
         out = torch.empty_like(left)
+        yield f"product of size {size}", partial(torch.mm, left, right, out=out), 2 * size**3
 
-        def product(a: torch.Tensor = left, b: torch.Tensor = right, c: torch.Tensor = out) -> None:
-            torch.mm(a, b, out=c)
 
-        product()
-        took = min(_took(product, device) for _ in range(2))
-        found = _rate(product, 2 * size**3, device, seconds / 3, took)
-        if best is None or found.highest > best[0].highest:
-            best = found, size
-        if took >= _ENOUGH:
-            break
-    assert best is not None
-    return best
+def _convolutions(device: torch.device, dtype: torch.dtype) -> Iterator[Work]:
+    for rows, channels, side in _CONVOLUTIONS:
+        picture = torch.ones(rows, channels, side, side, dtype=dtype, device=device)
+        kernel = torch.ones(channels, channels, 3, 3, dtype=dtype, device=device)
+        amount = 2 * rows * 9 * channels**2 * side**2
+        name = f"3x3 convolution of {channels} channels"
+        yield name, partial(conv2d, picture, kernel, padding=1), amount
 
 
 def _copy(device: torch.device, seconds: float) -> Measured:
@@ -101,14 +119,14 @@ def _dispatch(device: torch.device, repeats: int = 2000) -> float:
 
 
 def _rate(
-    work: Callable[[], None], amount: float, device: torch.device, seconds: float, took: float
+    work: Callable[[], object], amount: float, device: torch.device, seconds: float, took: float
 ) -> Measured:
     runs = int(min(200, max(5, seconds / max(took, 1e-6))))
     rates = [amount / _took(work, device) for _ in range(runs)]
     return Measured(median(rates), min(rates), max(rates), runs)
 
 
-def _took(work: Callable[[], None], device: torch.device) -> float:
+def _took(work: Callable[[], object], device: torch.device) -> float:
     start = time.perf_counter()
     work()
     if device.type == "cuda":

@@ -37,7 +37,7 @@ def console_for() -> Console:
 def facts(found: Profile) -> list[tuple[str, str]]:
     """What the tables don't say: a word, and a sentence about it."""
     work, costs, ceilings = found.work, found.costs, found.ceilings
-    size, dtype = ceilings.size[found.dtype], found.dtype
+    dtype = found.dtype
     speed = f"{found.lanes_a_second:.3g} lanes a second ({found.lanes} in {seconds(found.seconds)}"
     sharing = (
         f"{percent(work.sharing)} of {scaled(work.executed, 'FLOP')} is what {found.lanes} patched "
@@ -49,7 +49,7 @@ def facts(found: Profile) -> list[tuple[str, str]]:
         f"{found.operators:.0f} operators each, of which the least takes {least}"
     )
     ceiling = (
-        f"{scaled(ceilings.of(dtype), 'FLOP/s')} in a {dtype} product of size {size}, "
+        f"{scaled(ceilings.of(dtype), 'FLOP/s')} in a {dtype} {ceilings.by[dtype]}, "
         f"{scaled(ceilings.copy.highest, 'B/s')} in a copy: the best of several just before"
     )
     clock = (

@@ -349,6 +349,46 @@ def test_sites(capsys):
     assert "nonsense" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "unet", "text", "words"),
+    [
+        ("sd14", 70, 36, ""),
+        ("sd15", 70, 36, ""),
+        ("openjourney", 70, 36, ""),
+        ("sd21", 70, 69, ""),
+        ("sdxl", 227, 132, ""),
+        ("sdxl-turbo", 227, 132, "a call has one branch"),
+        ("kandinsky21", 52, 108, "listed and counted with component 'prior', not traced"),
+        ("kandinsky22", 52, 96, "listed and counted with component 'prior', not traced"),
+        ("if", 52, None, "DeepFloyd IF is listed and counted, not traced"),
+    ],
+)
+def test_sites_by_name(name, unet, text, words, capsys):
+    """Listed, counted, and what is not traced explained."""
+    assert main(["sites", name]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[unet] == f"{unet} sites"
+    assert words in " ".join(lines[unet + 1 :])
+    assert bool(words) == (len(lines) > unet + 1)
+    assert main(["sites", name, "--component", "text_encoder", "--count"]) == (0 if text else 2)
+    out, errors = capsys.readouterr()
+    assert out == (f"{text}\n" if text else "")
+    assert text or "has no sites that fasttrace knows" in errors
+    prior = name.startswith("kandinsky")
+    assert main(["sites", name, "--component", "prior", "--count"]) == (0 if prior else 2)
+    assert capsys.readouterr().out == ("40\n" if prior else "")
+    assert main(["sites", name, "--quiet"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == unet
+
+
+def test_a_component_that_is_none(capsys):
+    assert main(["sites", "sd14", "--component", "vae"]) == 2
+    assert (
+        "expected unet, text_encoder (every text encoder), prior or all" in capsys.readouterr().err
+    )
+    assert main(["trace", "embedded", "--out", "x", "--component", "prior"]) == 2  # not traced
+
+
 def test_info(capsys):
     assert main(["info", "--json"]) == 0
     about = json.loads(capsys.readouterr().out)
@@ -403,23 +443,17 @@ def test_the_full_demo_takes_every_probe_and_seed(fake_tracer, tmp_path: Path, c
     assert full > 2 * json.loads(capsys.readouterr().out)["planned"]
 
 
-def test_plan_of_an_architecture(capsys):
-    assert main(["plan", "sd15", "--prompts", "2", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["lanes"], found["calls"]) == (140, 51)
-    assert found["bound_flops"] < found["useful_flops"] < found["flops"]
-    assert {"peak_bytes", "batches"} <= found.keys()
-    assert main(["plan", "sd15", "--prompts", "2", "--gpu", "A100"]) == 0
-    out = capsys.readouterr().out
-    assert "140 patched runs of 51 denoiser calls" in out
-    assert "the data sheet of the A100, never measured" in out
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["sd15", "--component", "text_encoder"], "bare architecture"),
         (["sd15", "--gpu", "Z80"], "Unknown device 'Z80'"),
+        ([], "plan needs one model"),
+        (["sd15", "--model", "sdxl"], "plan needs one model"),
+        (["sd15", "--memory", "2GB"], "take 2.0 GiB in 16 bits: more than --memory"),
+        (["sd15", "--memory", "much"], "--memory 'much' can't be read"),
+        (["embedded", "--memory", "24GB"], "go with a bare architecture"),
+        (["if"], "'if' is listed and counted, not traced"),
         (["sd15", "--clean", "both"], "clean is one of auto, leader, cache"),
         (["sd15", "--lanes", "2"], "at least 4 lanes"),
         (["sd15", "--budget", "-1"], "not a positive number of GiB"),

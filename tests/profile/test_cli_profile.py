@@ -35,6 +35,19 @@ def test_json_alone_on_stdout(folders, capsys):
     assert sum(line["share"] for line in found["kinds"]) == pytest.approx(1)
 
 
+def test_a_variant(folders, loaded, tmp_path, capsys):
+    """Weights under another name are found by it, and by it alone; so with `trace`."""
+    loaded("sd").save_pretrained(tmp_path / "model", variant="fp16")
+    model, out = str(tmp_path / "model"), str(tmp_path / "rows")
+    assert main(["profile", model, *QUICK, "--variant", "fp16", "--quiet"]) == 0
+    trace = ["trace", model, "--out", out, *QUICK, "--subject", "dog", "--quiet"]
+    assert main([*trace, "--variant", "fp16"]) == 0
+    capsys.readouterr()
+    for arguments in (["profile", model, *QUICK], trace):
+        assert main(arguments) == 1
+        assert "'model' is damaged or incomplete" in capsys.readouterr().err
+
+
 def test_ranges_alone(folders, capsys, monkeypatch):
     from types import SimpleNamespace
 

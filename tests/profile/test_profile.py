@@ -2,7 +2,10 @@
 
 import ast
 import operator
+import re
+import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from fasttrace import Tracer
 from fasttrace.engine.graph.marks import MARK
 from fasttrace.engine.step import Step
 from fasttrace.errors import UsageError
+from fasttrace.profile import ceilings
 from fasttrace.profile.clock import Clock
 from fasttrace.profile.collect import ProfiledTracer
 from fasttrace.profile.measure import HOST, last_word
@@ -97,11 +101,11 @@ def test_the_plain_engine_is_untouched(traced, profiled):
             assert others <= {operator.getitem}
 
 
-def test_nobody_imports_the_profiler_but_its_command():
+def test_nobody_imports_the_profiler_but_commands():
     taken = []
     for path in (ROOT / "fasttrace").rglob("*.py"):
         inside = path.relative_to(ROOT / "fasttrace")
-        if inside.parts[0] == "profile" or inside == Path("cli/profile.py"):
+        if inside.parts[0] in ("profile", "cli"):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -156,11 +160,36 @@ def test_memory_and_ceilings(profiled):
     assert len(profiled.memory) == profiled.steps
     assert all(size > 1 << 20 for _, size in profiled.memory)
     assert max(profiled.alive.bytes) > 0
-    ceilings = profiled.ceilings
-    gemm = ceilings.gemm["float32"]
-    assert gemm.lowest <= gemm.median <= gemm.highest == ceilings.of("float32")
-    assert 1e6 < ceilings.copy.highest < 1e14
-    assert 0 < ceilings.dispatch < 1e-3
+    found = profiled.ceilings
+    gemm = found.gemm["float32"]
+    assert gemm.lowest <= gemm.median <= gemm.highest == found.of("float32")
+    assert re.fullmatch(r"product of size \d+|3x3 convolution of \d+ channels", found.by["float32"])
+    assert 1e6 < found.copy.highest < 1e14
+    assert 0 < found.dispatch < 1e-3
+
+
+@pytest.mark.parametrize("quickest", ["product", "convolution"])
+def test_the_ceiling_is_the_quickest_dense_work(monkeypatch, quickest):
+    """Of both kinds, in growing sizes, none after the first that takes long enough."""
+    tried = []
+
+    def works(kind, *_):
+        for size in (1, 2, 50, 100):
+
+            def work(took=size / 1000):
+                tried.append((kind, took))
+                time.sleep(took)
+
+            # Ten times the work in the same time; and a size of which more is done a second.
+            more = (10 if kind == quickest else 1) * (3 if size == 2 else 1)
+            yield f"{kind} {size}", work, more * size * 10**6
+
+    monkeypatch.setattr(ceilings, "_products", partial(works, "product"))
+    monkeypatch.setattr(ceilings, "_convolutions", partial(works, "convolution"))
+    best, name = ceilings._gemm(torch.device("cpu"), torch.float32, 0.02)
+    assert name == f"{quickest} 2"
+    assert 1e10 < best.highest < 3e10
+    assert {took for _, took in tried} == {0.001, 0.002, 0.05}
 
 
 # ---- whose operator is it

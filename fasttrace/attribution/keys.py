@@ -32,11 +32,20 @@ def swapped_keys(
     change = factor * query @ (new_keys - keys).transpose(-1, -2)
     p = logits.softmax(-1)
     inner = gradient @ values.transpose(-1, -2)
-    mean = (p * inner).sum(-1, keepdim=True)
+    # 1 - p and G - s as sums over the other tokens: differences would lose all digits at p = 1.
+    rest = _others(p)
+    above = rest * inner - _others(p * inner)
     # p (r - 1) / (1 + p (r - 1)) without r itself, which overflows; `fall` is r or 1 / r.
     fall = torch.exp(-change.abs())
-    step = p * (1 - fall)
-    rising = step / (fall + step).clamp_min(torch.finfo(wide).tiny)
-    falling = -step / (1 - step).clamp_min(torch.finfo(wide).tiny)
-    taken = torch.where(change > 0, rising, falling)
-    return (taken * (inner - mean)).sum(-2)
+    step = -p * torch.expm1(-change.abs())
+    whole = torch.where(change > 0, p + rest * fall, rest + p * fall)
+    taken = torch.where(change > 0, step, -step) / whole.clamp_min(torch.finfo(wide).tiny)
+    return (taken * above).sum(-2)
+
+
+def _others(parts: Tensor) -> Tensor:
+    """Along the last axis, the sum of all entries but the own."""
+    none = torch.zeros_like(parts[..., :1])
+    before = torch.cat([none, parts[..., :-1]], -1).cumsum(-1)
+    after = torch.cat([none, parts.flip(-1)[..., :-1]], -1).cumsum(-1).flip(-1)
+    return before + after

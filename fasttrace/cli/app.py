@@ -26,6 +26,7 @@ from fasttrace.cli import (
     profile,
     report,
     run,
+    screen,
     sites,
     trace,
 )
@@ -42,7 +43,21 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (trace, run, plan, profile, report, sites, edit, evaluate, locate, info, demo):
+COMMANDS = (
+    trace,
+    screen,
+    run,
+    plan,
+    profile,
+    report,
+    sites,
+    edit,
+    evaluate,
+    locate,
+    info,
+    demo,
+)
+for module in COMMANDS:
     app.command(name=module.NAME)(module.command)
 
 

@@ -131,7 +131,7 @@ class Step:
         # A plan: one entry a call.
         points = len(self.points)
         self.index = torch.full((calls, points, rows), -1, dtype=torch.int64, device=device)
-        self.strength = zeros(calls, points, rows, dtype=torch.float32)
+        self.strength = zeros(calls, points, rows, dtype=now["strength"].dtype)
         self.add_index = zeros(calls, len(shape.added), rows, dtype=torch.int64)
         self.add_scale = zeros(calls, len(shape.added), rows, dtype=torch.float32)
         self._added_now = [

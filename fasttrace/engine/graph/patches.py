@@ -28,10 +28,11 @@ class Point:
     """A patch op at the mark called `site`, and the tables it reads.
 
     `<site>/index` [B] int64: the row of the source that each row takes, or -1.
-    `<site>/strength` [B] float32. `<site>/mask`, unless the mask is "none": factors of the
-    strength, see `mask_shape`. `<site>/source` [S, ...] where the source is "buffer"; where it is
-    "rows", the site's own rows of this very call are the source. With `adds`, to what is there then
-    `<site>/add_scale` [B] times row `<site>/add_index` [B] int64 of the buffer is added.
+    `<site>/strength` [B] float32 (float64 of a float64 model). `<site>/mask`, unless the mask is
+    "none": factors of the strength, see `mask_shape`. `<site>/source` [S, ...] where the source is
+    "buffer"; where it is "rows", the site's own rows of this very call are the source. With `adds`,
+    to what is there then `<site>/add_scale` [B] times row `<site>/add_index` [B] int64 of the
+    buffer is added.
     """
 
     site: str
@@ -124,9 +125,10 @@ def make_tables(
     source buffer, 0 for none.
     """
     shapes = {mark.name: mark for mark in marks}
+    numbers = torch.float64 if dtype == torch.float64 else torch.float32
     tables = {
         "index": torch.full((len(points), rows), -1, dtype=torch.int64, device=device),
-        "strength": torch.zeros(len(points), rows, device=device),
+        "strength": torch.zeros(len(points), rows, dtype=numbers, device=device),
     }
     for i, point in enumerate(points):
         mark = shapes[point.site]
@@ -134,7 +136,7 @@ def make_tables(
         tables[f"{point.site}/strength"] = tables["strength"][i]
         if point.mask != "none":
             shape = mask_shape(mark, point.mask, rows)
-            tables[f"{point.site}/mask"] = torch.ones(shape, device=device)
+            tables[f"{point.site}/mask"] = torch.ones(shape, dtype=numbers, device=device)
         if point.adds:
             tables[f"{point.site}/add_index"] = torch.zeros(rows, dtype=torch.int64, device=device)
             tables[f"{point.site}/add_scale"] = torch.zeros(rows, dtype=dtype, device=device)

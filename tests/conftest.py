@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from fasttrace.types import Probe
 
 ROOT = Path(__file__).parents[1]
+# How long an example takes says something of the machine, not of the code.
+settings.register_profile("timeless", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("timeless")
 # Tiny random models of both layouts, and with others and the bundled one what `pipeline` stands for
 # in turn. Kandinsky's pipelines take other arguments: see test_families*.py.
 FAMILIES = ("sd", "sdxl")

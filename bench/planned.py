@@ -16,7 +16,7 @@ from fasttrace.store.probes import read_probes
 
 PROMPTS = 24
 # Everything recorded once, whatever it takes.
-OPTIONS = Options(clean="cache", budget=1 << 62)
+OPTIONS = Options(clean="cache", cache=1 << 62)
 WHOLE = ("transformer", "block")  # kinds of sites whose replacement makes much superfluous
 # (architecture, steps). PNDM, which SD 1.5 comes with, makes one call more than it has steps.
 LONG = [("sd15", 50), ("sdxl", 50)]

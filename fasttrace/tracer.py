@@ -178,6 +178,8 @@ class Tracer(Planner):
         negative_prompt: str = "",
         attribute: str = "",
         occurrence: int = 0,
+        until: str | None = None,
+        budget: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         pictures: bool = True,
         **rest: Any,
@@ -185,10 +187,18 @@ class Tracer(Planner):
         """Plan and run in one go: `tracer.trace("a photo of a dog", "dog", seeds=4).aie()`.
 
         `rest` are the arguments of `plan`. One row per (probe, seed, site[, token, window]).
+
+        until: "top10%@95" runs pairs in random order until the top tenth of the sites, over all
+        pairs, is known with 95 % confidence ("top5@99": five, with 99 %); sites that are settled
+        are left out of later pairs. The first metric decides. budget: with it, at most so many
+        runs, clean and corrupt ones included. Rows are those of the exhaustive trace, at full
+        fidelity, only fewer; `Result.until` says what was settled. `on_progress` is then given
+        (rows so far, rows of the exhaustive trace).
         """
         _check_names(rest, self.trace, self.plan)
         probes = self._probes(prompt, subject, attribute, occurrence, negative_prompt)
-        return self._result(self.plan(probes, **rest), on_progress, pictures)
+        plan = self.plan(probes, **rest)
+        return self._result(plan, on_progress, pictures, until, budget)
 
     def swap(
         self,
@@ -199,6 +209,8 @@ class Tracer(Planner):
         negative_prompt: str = "",
         attribute: str = "",
         subject: str = "",
+        until: str | None = None,
+        budget: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         pictures: bool = True,
         **rest: Any,
@@ -208,7 +220,8 @@ class Tracer(Planner):
         One row per window of `neighbours` consecutive cross-attention layers (arXiv 2405.01008,
         section 4). The "corrupt" run of a row has `other_prompt` everywhere; its effect is
         clean - score: what of the way from prompt to other prompt those layers carry.
-        `rest` are the arguments of `plan_swap`; a metric may want the subject.
+        `rest` are the arguments of `plan_swap`; a metric may want the subject. until, budget: as in
+        `trace`, for windows of layers.
         """
         _check_names(rest, self.swap, self.plan_swap)
         if isinstance(prompt, str):
@@ -216,7 +229,7 @@ class Tracer(Planner):
         elif subject or attribute or negative_prompt:
             raise UsageError(_PROBES_HAVE_THEIR_OWN)
         plan = self.plan_swap(prompt, other_prompt, neighbours=neighbours, **rest)
-        return self._result(plan, on_progress, pictures)
+        return self._result(plan, on_progress, pictures, until, budget)
 
     def screen(
         self,
@@ -266,15 +279,30 @@ class Tracer(Planner):
             return screener.run(pairs, on_progress)
 
     def _result(
-        self, plan: Plan, on_progress: Callable[[int, int], None] | None, pictures: bool
+        self,
+        plan: Plan,
+        on_progress: Callable[[int, int], None] | None,
+        pictures: bool,
+        until: str | None = None,
+        budget: int | None = None,
     ) -> Result:
+        from fasttrace.attribution.until import AdaptiveSweep, check_budget, run_adaptive
         from fasttrace.report.result import Result
 
+        check_budget(budget, until)
+        sweep = None if until is None else AdaptiveSweep(plan, until, budget)
+        if sweep is None:
+            found = self.iter_rows(plan, on_progress=on_progress, pictures=pictures)
+        else:
+            found = run_adaptive(sweep, lambda part: self.iter_rows(part, pictures=pictures))
         rows, kept = {}, {}
-        for row, found in self.iter_rows(plan, on_progress=on_progress, pictures=pictures):
+        for row, shown in found:
             rows[row.key] = row
-            kept.update(found)
-        return Result([rows[key] for key in plan.keys], kept)
+            kept.update(shown)
+            if sweep is not None and on_progress is not None:
+                on_progress(len(rows), plan.total)
+        ordered = [rows[key] for key in plan.keys if key in rows]
+        return Result(ordered, kept, None if sweep is None else sweep.record)
 
     def _probes(
         self,

@@ -144,7 +144,7 @@ def test_unknown_engine(sd):
         ({"lanes": 4.5}, "lanes is a whole number of 0 or more, not 4.5"),
         ({"lanes": "8"}, "lanes is a whole number of 0 or more, not '8'"),
         ({"pairs": True}, "pairs is a whole number"),
-        ({"budget": -5}, "budget is a whole number of 0 or more, not -5"),
+        ({"cache": -5}, "cache is a whole number of 0 or more, not -5"),
         ({"foo": 1}, "Unknown option 'foo'; expected clean, home"),
         ({"lane": 8}, "Unknown option 'lane'.*Did you mean 'lanes'"),
     ],

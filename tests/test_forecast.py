@@ -29,7 +29,7 @@ def compiled_once():
 
 
 PROBES = [Probe(f"a {word} dog", "dog") for word in ("red", "big", "old")]
-EVERYTHING = Options(clean="cache", budget=1 << 50)
+EVERYTHING = Options(clean="cache", cache=1 << 50)
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
@@ -162,8 +162,8 @@ def test_memory_on_cards(name, weights, batches):
 
 
 def test_clean_activations_on_a_large_card():
-    """60 GB left: SD 1.5's are kept for as many pairs as the budget holds."""
-    found = forecast_architecture("sd15", options=Options(budget=15 << 30), memory=60 << 30)
+    """60 GB left: SD 1.5's are kept for as many pairs as the cache holds."""
+    found = forecast_architecture("sd15", options=Options(cache=15 << 30), memory=60 << 30)
     assert 8 << 30 < found.cache_bytes <= 15 << 30
     assert found.peak_bytes <= 60 << 30
     assert found.flops < forecast_architecture("sd15", memory=60 << 30).flops
@@ -177,12 +177,12 @@ def test_few_calls(steps):
     assert found.plain_flops >= 1.1 * found.bound_flops
 
 
-def test_a_small_budget_is_kept():
+def test_a_small_cache_stays_small():
     for gib in (1, 20, 60):
-        budget = gib * 2**30
-        found = forecast_architecture("sd15", options=Options(budget=budget))
-        assert found.cache_bytes <= budget
-        assert found.peak_bytes < budget + 8 * 2**30
+        cache = gib * 2**30
+        found = forecast_architecture("sd15", options=Options(cache=cache))
+        assert found.cache_bytes <= cache
+        assert found.peak_bytes < cache + 8 * 2**30
 
 
 def test_pairs_run_alone_where_a_schedule_is_no_weighted_sum():

@@ -107,7 +107,10 @@ class Settled(Generic[Arm]):
         if self.why == "nothing":
             return f"None of the {self.pairs} pairs has anything to restore, so no site is causal."
         if self.why == "every pair":
-            return f"All {self.pairs} pairs were needed for {places}, which are exact: {cost}."
+            return (
+                f"All {self.pairs} pairs were needed for {places} of {len(self.standings)}: {cost}. "
+                f"What stayed open to the end is exact; what was settled before is so with {sure}."
+            )
         if self.settled:
             return (
                 f"Settled with {sure}: {places} of {len(self.standings)}, after {self.visited} of "

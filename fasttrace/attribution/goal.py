@@ -26,6 +26,11 @@ class Goal:
             raise UsageError(f"The top {self} of {arms} places is no choice among them.")
         return top
 
+    @property
+    def text(self) -> str:
+        """As `parse_goal` reads it."""
+        return f"top{self.number:g}{'%' * self.of_hundred}@{100 * self.confidence:g}"
+
     def __str__(self) -> str:
         return f"{self.number:g}{' %' * self.of_hundred}"
 

@@ -31,8 +31,8 @@ Clean = Annotated[
     str | None, typer.Option("--clean", help="Where lanes read activations: auto, leader or cache.")
 ]
 Lanes = Annotated[int | None, typer.Option("--lanes", help="The most lanes in a batch.")]
-Budget = Annotated[
-    float | None, typer.Option("--budget", help="GiB that clean activations may take.")
+CacheSize = Annotated[
+    float | None, typer.Option("--cache", help="GiB that clean activations may take.")
 ]
 
 Model = Annotated[str, typer.Argument(help="'embedded', a pipeline's folder, or a hub id.")]
@@ -163,14 +163,14 @@ def parse_components(texts: Sequence[str], listed: Sequence[str] = ()) -> list[s
     return [*every, *(c for c in listed if c in words)]
 
 
-def parse_engine(clean: str | None, lanes: int | None, budget: float | None) -> dict[str, Any]:
+def parse_engine(clean: str | None, lanes: int | None, cache: float | None) -> dict[str, Any]:
     """The fast engine's options that were given, as the fields of `Options`."""
-    if budget is not None and not 0 < budget < 1e6:
-        raise UsageError(f"--budget {budget} is not a positive number of GiB.")
+    if cache is not None and not 0 < cache < 1e6:
+        raise UsageError(f"--cache {cache} is not a positive number of GiB.")
     given = {
         "clean": clean,
         "lanes": lanes,
-        "budget": None if budget is None else int(budget * 2**30),
+        "cache": None if cache is None else int(cache * 2**30),
     }
     return {name: value for name, value in given.items() if value is not None}
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fasttrace.cli.options import (
-    Budget,
+    CacheSize,
     Clean,
     Components,
     Json,
@@ -53,7 +53,7 @@ def command(
     ] = None,
     clean: Clean = None,
     lanes: Lanes = None,
-    budget: Budget = None,
+    cache: CacheSize = None,
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -73,7 +73,7 @@ def command(
     if (model is None) == (named is None):
         raise UsageError("plan needs one model: `fasttrace plan sdxl`, or --model sdxl.")
     model = model or named or ""
-    options = Options(**parse_engine(clean, lanes, budget))
+    options = Options(**parse_engine(clean, lanes, cache))
     for name, number in (("--prompts", prompts), ("--seeds", seeds)):
         if number < 1:
             raise UsageError(f"{name} {number} leaves nothing to plan: give 1 or more.")
@@ -258,7 +258,7 @@ def _clean(found: Prediction) -> str:
     kept = f"{_bytes(found.cache_bytes)} recorded once"
     if found.clean == "cache":
         return kept
-    return f"{kept}, where that saves most; the rest is read from leader lanes, to fit --budget"
+    return f"{kept}, where that saves most; the rest is read from leader lanes, to fit --cache"
 
 
 def _flops(number: float) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fasttrace.cli.options import (
-    Budget,
+    CacheSize,
     Clean,
     Device,
     Dtype,
@@ -67,7 +67,7 @@ def command(
     variant: Variant = None,
     clean: Clean = None,
     lanes: Lanes = None,
-    budget: Budget = None,
+    cache: CacheSize = None,
     top: Annotated[int, typer.Option(help="How many of the slowest sites to list.")] = 12,
     ranges: Annotated[
         bool, typer.Option("--ranges", help="NVTX ranges alone, no clock: for nsys and ncu.")
@@ -93,7 +93,7 @@ def command(
     if len(components) != 1:
         raise UsageError("profile traces one component at a time: unet or text_encoder.")
     check_text("--prompt", prompt)
-    options = parse_engine(clean, lanes, budget)
+    options = parse_engine(clean, lanes, cache)
     with new_folder(out):
         from fasttrace.profile.measure import last_word
 

@@ -72,6 +72,7 @@ def command(
                     "metric": kept.metrics[0],
                     "noise_floor": kept.noise_floor,
                     "causal": [as_dict(effect) for effect in causal],
+                    "until": None if kept.until is None else kept.until.model_dump(),
                 }
             )
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fasttrace.cli.adaptive import check_adaptive, make_sweep, settle
 from fasttrace.cli.progress import duration, note, progress
 from fasttrace.errors import UsageError
 from fasttrace.plan.windows import resolve_windows
@@ -49,6 +50,8 @@ class Request:
     sources: Sequence[Source] = ()  # none: the clean run's activations
     base: str = "corrupt"
     variant: str | None = None  # of the weight files
+    until: str | None = None  # an adaptive sweep's goal
+    budget: int | None = None  # of its runs
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,13 @@ class Outcome:
     new: int  # made by this call
     planned: int  # of this call's plan, every shard's
     seconds: float
+    until: dict[str, Any] | None = None  # what an adaptive sweep settled
 
 
 def run(request: Request) -> Outcome:
     """Plan, make what is missing, write the table. Raises as `Tracer` and `Store` do."""
     start = time.monotonic()
+    check_adaptive(request)
     before = Manifest.read(request.out)  # a foreign directory is refused before a model is loaded
     quiet_libraries()
     from fasttrace import Tracer, load, load_edit
@@ -76,10 +81,11 @@ def run(request: Request) -> Outcome:
     tracer = Tracer(pipe, engine=request.engine, **request.options)
     plans = make_plans(tracer, request, before)
     planned = sum(plan.total for plan in plans)
+    sweep = None if request.until is None else make_sweep(plans[0], request)
     call = Call.now(
         request.command,
         shard=str(request.shard),
-        planned=planned,
+        planned=planned if sweep is None else 0,  # nobody knows yet how many it takes
         versions=plans[0].manifest["versions"],
     )
     new = 0
@@ -95,22 +101,29 @@ def run(request: Request) -> Outcome:
             not (row.key in skip or store.done(row.key)) for plan in plans for row in plan.rows
         )
         expected = _announce(tracer, plans, planned, left, request)
-        with progress(left, request.quiet, expected) as advance:
-            for plan in plans:
-                rows = tracer.iter_rows(
-                    plan,
-                    done=lambda key: key in skip or store.done(key),
-                    pictures=request.pictures,
-                )
-                for row, pictures in rows:
-                    new += store.add(row, pictures)
-                    advance()
+        if sweep is not None:
+            new = settle(tracer, sweep, request, store)
+        else:
+            with progress(left, request.quiet, expected) as advance:
+                for plan in plans:
+                    rows = tracer.iter_rows(
+                        plan,
+                        done=lambda key: key in skip or store.done(key),
+                        pictures=request.pictures,
+                    )
+                    for row, pictures in rows:
+                        new += store.add(row, pictures)
+                        advance()
         results = store.finish()
         total = len(store)
     seconds = time.monotonic() - start
+    settled = None if sweep is None else sweep.record
     if not request.quiet:
         note(f"{new} rows in {duration(seconds)}; {total} in {results}")
-    return Outcome(str(request.out), str(results), total, new, planned, round(seconds, 3))
+        if settled is not None:
+            note(f"{settled.metric}: {settled.words}")
+    found = None if settled is None else settled.model_dump()
+    return Outcome(str(request.out), str(results), total, new, planned, round(seconds, 3), found)
 
 
 def quiet_libraries() -> None:
@@ -236,8 +249,10 @@ def _announce(
     parts = ", ".join(f"{plan.component} {plan.total}" for plan in plans)
     mine = "" if request.shard.count == 1 else f", shard {request.shard}"
     there = planned - left
+    most = "" if request.until is None else "at most "
     note(
-        f"{tracer.name}: {planned} rows ({parts}), {plans[0].calls} denoiser calls a run{mine}"
+        f"{tracer.name}: {most}{planned} rows ({parts}), {plans[0].calls} denoiser calls a run"
+        + mine
         + (f"; {there} need no work here" if there else "")
     )
     if request.engine != "fast" or not left:
@@ -245,7 +260,7 @@ def _announce(
     from fasttrace.cli.plan import in_a_line
 
     seconds = 0.0
-    whole = "the whole " if there else ""
+    whole = "the whole " if there or most else ""
     for plan in plans:
         found = tracer.forecast(plan)
         note(in_a_line(whole + plan.component, found))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fasttrace.cli.options import (
-    Budget,
+    CacheSize,
     Clean,
     Components,
     Json,
@@ -83,7 +83,14 @@ def command(
     ] = "fast",
     clean: Clean = None,
     lanes: Lanes = None,
-    budget: Budget = None,
+    cache: CacheSize = None,
+    until: Annotated[
+        str | None,
+        typer.Option(help="Stop when so many top sites are known: top10%@95.", metavar="GOAL"),
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="With --until: the most runs, clean and corrupt included.")
+    ] = None,
     shard: Annotated[str | None, typer.Option(help="The i-th of n processes, i/n.")] = None,
     pictures: Annotated[bool, typer.Option(help="Keep pictures beside the rows.")] = True,
     quiet: Quiet = False,
@@ -92,7 +99,7 @@ def command(
     """Restore each site's clean activation in a corrupt run and score the picture.
 
     Stop it at any time: the same command goes on where it stopped. With more prompts, seeds or
-    sites it extends the directory.
+    sites it extends the directory. With --until it stops by itself once the top sites are known.
     """
     from fasttrace.cli.sweep import Request, run
 
@@ -128,7 +135,9 @@ def command(
         pictures=pictures,
         quiet=quiet,
         engine=engine,
-        options=parse_engine(clean, lanes, budget),
+        options=parse_engine(clean, lanes, cache),
+        until=until,
+        budget=budget,
     )
     outcome = run(request)
     if as_json:

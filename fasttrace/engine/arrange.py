@@ -102,9 +102,9 @@ def arrange(
         return Chunk(pairs, setting, todo, work, layout(pairs), shapes, added, taken)
 
     def fitting(kept: Mapping[str, tuple[int, ...]]) -> int:
-        """How many pairs' activations fit the budget."""
+        """How many pairs' activations fit the cache."""
         sizes = (layout(n).bytes(kept, calls, itemsize) for n in range(most, 0, -1))
-        return most - next((i for i, size in enumerate(sizes) if size <= options.budget), most)
+        return most - next((i for i, size in enumerate(sizes) if size <= options.cache), most)
 
     cost = denoiser.cost
     worthwhile = {

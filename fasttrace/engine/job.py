@@ -91,7 +91,7 @@ class Job:
         self.chunk = chunk = arrange(
             [pair.lanes for pair in pairs],
             self.denoiser,
-            replace(self.options, lanes=self.workshop.lanes, budget=self.workshop.budget),
+            replace(self.options, lanes=self.workshop.lanes, cache=self.workshop.cache_bytes),
             calls=self.calls,
             guided=self.guided,
             linear=self.schedule.linear,
@@ -119,7 +119,7 @@ class Job:
             except ERRORS as error:
                 self._halve(error)
                 # What failed may have been the cache or the tables.
-                self.workshop.budget //= 2
+                self.workshop.cache_bytes //= 2
                 self._arrange(self.pairs[: max(1, len(self.pairs) // 2)])
         yield from finished
         left = list(self.work.batches)

@@ -17,7 +17,7 @@ class Options:
     """How lanes are run. None of it changes what is computed, only how sums are rounded.
 
     clean: where lanes read activations, "leader" (the source is a lane of every batch: nothing is
-    stored), "cache" (recorded once) or "auto" (recorded as far as `budget` bytes reach).
+    stored), "cache" (recorded once) or "auto" (recorded as far as `cache` bytes reach).
     home: where the cache lies, "device" or "host" (pinned, fetched ahead). lanes: the most in a
     batch; 26 are 24 pairs at one site and two copies, and 32 or 48 were no faster on a CPU.
     runner: see `runners.RUNNERS`; None is a CUDA graph on CUDA, else the graph's code. pairs: the
@@ -33,7 +33,7 @@ class Options:
     runner: str | None = None
     lanes: int = 26
     pairs: int = 24
-    budget: int = 1 << 30
+    cache: int = 1 << 30
     pruning: bool = True
     sharing: bool = True
     staged: bool | None = None
@@ -45,7 +45,7 @@ class Options:
             if getattr(self, name) not in known:
                 given = getattr(self, name)
                 raise UsageError(f"{name} is one of {', '.join(known)}, not {given!r}.")
-        for name in ("lanes", "pairs", "budget"):
+        for name in ("lanes", "pairs", "cache"):
             given = getattr(self, name)
             if not isinstance(given, int) or isinstance(given, bool) or given < 0:
                 raise UsageError(f"{name} is a whole number of 0 or more, not {given!r}.")

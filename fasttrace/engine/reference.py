@@ -45,7 +45,7 @@ class Run:
 
 
 class ReferenceEngine:
-    """One run at a time. Clean activations are kept for as many sites as `budget` bytes hold.
+    """One run at a time. Clean activations are kept for as many sites as `cache` bytes hold.
 
     Sites beyond that wait for another pass over the clean run: slower, never larger.
     """
@@ -53,9 +53,9 @@ class ReferenceEngine:
     name = "reference"
     at_once = 1
 
-    def __init__(self, model: Model, budget: int = 2 << 30) -> None:
+    def __init__(self, model: Model, cache: int = 2 << 30) -> None:
         self.model = model
-        self.budget = budget
+        self.cache_bytes = cache
 
     def run(self, pairs: Sequence[Pair]) -> Iterator[Finished]:
         for number, pair in enumerate(pairs):
@@ -238,7 +238,7 @@ class ReferenceEngine:
         return len(self.model.scheduler(pair.sampling.steps).timesteps)
 
     def _portions(self, pair: Pair) -> list[list[int]]:
-        """Lanes split so that what each portion records fits the budget; at least one portion."""
+        """Lanes split so that what each portion records fits the cache; at least one portion."""
         calls, sources = self._calls(pair), _sources(pair)
         rows = {"both": 2 if self.model.guided(pair.sampling) else 1}
         width = self.model.dtype.itemsize
@@ -249,7 +249,7 @@ class ReferenceEngine:
             size = {p.site.name: math.prod(p.site.shape) * width for p in lane.patches}
             asked = {(source, slot) for source in sources for slot in _slots([lane], source, calls)}
             need = sum(size[s[0]] * rows.get(s[1], 1) for key in asked - slots for s in [key[1]])
-            if portions[-1] and used + need > self.budget:
+            if portions[-1] and used + need > self.cache_bytes:
                 portions.append([])
                 slots, used = set(), 0
                 need = sum(size[s[0]] * rows.get(s[1], 1) for _, s in asked)

@@ -29,7 +29,8 @@ class Workshop:
 
     def __init__(self, model: Model, options: Options) -> None:
         self.model, self.options = model, options
-        self.lanes, self.budget = options.lanes, options.budget  # less after a failed allocation
+        # Less after a failed allocation.
+        self.lanes, self.cache_bytes = options.lanes, options.cache
         cuda = model.device.type == "cuda"
         self.runner = options.runner or ("cudagraph" if cuda else "eager")
         check_runner(self.runner, model.device)

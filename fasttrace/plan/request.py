@@ -126,10 +126,10 @@ class EngineData(Data):
     name: Literal["fast", "reference"] = "fast"
     clean: Literal["auto", "leader", "cache"] | None = None
     lanes: int | None = Field(default=None, ge=4, le=Limits.LANES)
-    budget: int | None = Field(default=None, ge=0, le=1 << 50)  # bytes
+    cache: int | None = Field(default=None, ge=0, le=1 << 50)  # bytes
 
     def options(self) -> dict[str, Any]:
-        given = {"clean": self.clean, "lanes": self.lanes, "budget": self.budget}
+        given = {"clean": self.clean, "lanes": self.lanes, "cache": self.cache}
         return {name: value for name, value in given.items() if value is not None}
 
 

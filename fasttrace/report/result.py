@@ -27,6 +27,7 @@ from fasttrace.report.text import site_table, summary, top_table
 from fasttrace.store.manifest import Call
 from fasttrace.store.pictures import open_picture, to_image
 from fasttrace.store.schema import FIELDS, rows_to_table
+from fasttrace.store.settled import SettledRecord
 from fasttrace.store.store import Store, read_rows, require
 from fasttrace.types import Row, pair_pictures
 
@@ -65,15 +66,19 @@ class Result:
     """Rows of a trace, with their pictures.
 
     `pictures` is the store's picture folder, or a mapping of names to float pictures [3,H,W] in
-    [0,1].
+    [0,1]. `until`: what an adaptive sweep settled, None where there was none. Its sites have run
+    for unequal numbers of pairs, so averages of two of them compare other pairs; `until` has what
+    was compared on the same ones.
     """
 
     def __init__(
         self,
         rows: Iterable[Row],
         pictures: Mapping[str, Any] | Path | None = None,
+        until: SettledRecord | None = None,
     ) -> None:
         self.rows: tuple[Row, ...] = tuple(rows)
+        self.until = until
         self._pictures = pictures if pictures is not None else {}
         self._damaged: dict[str, str] = {}
 
@@ -82,7 +87,8 @@ class Result:
         """The results in a directory. Raises `StoreError` where there are none, or damaged ones."""
         directory = Path(directory)
         require(directory)
-        return cls(read_rows(directory), directory / "pictures")
+        until = SettledRecord.read(directory)
+        return cls(read_rows(directory), directory / "pictures", until)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -113,7 +119,7 @@ class Result:
         if unknown:
             raise UsageError(f"rows have no column {unknown[0]!r}.")
         kept = [r for r in self.rows if all(getattr(r, n) == v for n, v in values.items())]
-        return Result(kept, self._pictures)
+        return Result(kept, self._pictures, self.until)
 
     def aie(self, by: str | Grouping = "attribute", *, minimum: float | None = None) -> SiteEffects:
         """Average indirect effects in execution order, a list for all groups of `by` in turn.
@@ -230,6 +236,8 @@ class Result:
             for row in self.rows:
                 store.add(row, self._kept(row))
             store.finish()
+            if self.until is not None:
+                self.until.write(Path(directory))
         self.warn_of_damage()
         return Path(directory)
 
@@ -245,5 +253,5 @@ class Result:
 
     def __repr__(self) -> str:
         if not self.rows:
-            return "Result: no rows"
+            return "Result: no rows" + (f"\n{self.until.words}" if self.until else "")
         return f"Result: {summary(self)}\n{top_table(self, self.causal(top=3))}"

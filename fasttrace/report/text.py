@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 from typing import TYPE_CHECKING
 
+from fasttrace.report.settled import caution, uneven
 from fasttrace.report.statistics import SiteEffect, counts
 from fasttrace.types import Row
 
@@ -64,15 +65,31 @@ def _many(number: int, word: str) -> str:
 
 
 def top_table(result: Result, causal: Sequence[SiteEffect], minimum: float | None = None) -> str:
-    """The causal sites of a result as a table, or why there are none."""
+    """The causal sites of a result as a table, or why there are none.
+
+    After an adaptive sweep what it settled comes first, and what the table's averages can't say.
+    """
+    found = _causal_table(result, causal, minimum)
+    if result.until is None:
+        return found
+    words = f"{result.until.metric}: {result.until.words}"
+    return "\n".join(filter(None, [words, caution(result.until, result.rows), found]))
+
+
+def _causal_table(result: Result, causal: Sequence[SiteEffect], minimum: float | None) -> str:
     least = result.minimum if minimum is None else dict.fromkeys(result.metrics, minimum)
     return site_table(causal) if causal else f"no causal site: {why_none(result.rows, least)}"
 
 
 def site_table(effects: Sequence[SiteEffect]) -> str:
-    """A plain table, columns aligned. The interval is that of the share of the total effect."""
-    header = ("group", "site", "effect", "of total", "95 %", "chance")
-    lines = [header, *(_line(e) for e in effects)]
+    """A plain table, columns aligned. The interval is that of the share of the total effect. Where
+    sites were run for unequal numbers of pairs, those that count stand beside them."""
+    header: tuple[str, ...] = ("group", "site", "effect", "of total", "95 %", "chance")
+    lines: list[tuple[str, ...]] = [header, *(_line(e) for e in effects)]
+    if uneven(effects):
+        numbers = ["pairs", *(str(e.pairs) for e in effects)]
+        lines = [(*line, number) for line, number in zip(lines, numbers, strict=True)]
+        header = lines[0]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
                      for line in lines)  # fmt: skip

@@ -30,9 +30,11 @@ from fasttrace.report.names import (
     words,
 )
 from fasttrace.report.result import Result
+from fasttrace.report.settled import SettledLine, caution, settled_lines
 from fasttrace.report.statistics import Grouping, SiteEffect, counts, grouping
 from fasttrace.report.text import chance, percent, why_left_out, why_none
 from fasttrace.store.manifest import Manifest
+from fasttrace.store.settled import SettledRecord
 from fasttrace.types import Row
 
 
@@ -80,6 +82,9 @@ class View:
     minimum: float
     usual_minimum: bool
     left_out: list[tuple[Row, str]]  # and why
+    until: SettledRecord | None  # what an adaptive sweep settled
+    settled: list[SettledLine]
+    caution: str  # what averages over unequal pairs can't say; empty where they are equal
     nothing: str  # why no site is causal; empty where there is one
     whole_stream: list[str]  # kinds of causal sites that replace everything passing there, in words
     below_floor: list[tuple[str, int, int]]  # component, below, run
@@ -162,6 +167,9 @@ def build_view(
         minimum=least,
         usual_minimum=minimum is None,
         left_out=[(p[0], why_left_out(p[0])) for p in pairs.values() if not counts(p[0], least)],
+        until=kept.until,
+        settled=[] if kept.until is None else settled_lines(kept.until),
+        caution="" if kept.until is None else caution(kept.until, result.rows),
         nothing="" if chosen else why_none(kept.rows, {metric: least}),
         whole_stream=[KIND_WORDS[k] for k in WHOLE_STREAM if any(e.kind == k for e in chosen)],
         below_floor=[below(effects, c) for c in kept.components],

@@ -2,6 +2,7 @@
 
 from fasttrace.store.manifest import Call, Manifest
 from fasttrace.store.schema import COLUMNS, SCHEMA_VERSION
+from fasttrace.store.settled import SettledRecord, SettledSite
 from fasttrace.store.store import Shard, Store, merge, read_rows, require
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "SCHEMA_VERSION",
     "Call",
     "Manifest",
+    "SettledRecord",
+    "SettledSite",
     "Shard",
     "Store",
     "merge",

@@ -35,7 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "smallest": {"clean": "leader", "lanes": 4},
     "nothing shared": {"sharing": False, "pruning": False},
     "one pair at a time": {"pairs": 1},
-    "little memory": {"budget": 100_000, "lanes": 8},
+    "little memory": {"cache": 100_000, "lanes": 8},
     "staged": {"staged": True},
     "host, staged": {"staged": True, "home": "host", "clean": "cache"},
 }

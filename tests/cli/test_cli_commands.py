@@ -456,7 +456,7 @@ def test_the_full_demo_takes_every_probe_and_seed(fake_tracer, tmp_path: Path, c
         (["if"], "'if' is listed and counted, not traced"),
         (["sd15", "--clean", "both"], "clean is one of auto, leader, cache"),
         (["sd15", "--lanes", "2"], "at least 4 lanes"),
-        (["sd15", "--budget", "-1"], "not a positive number of GiB"),
+        (["sd15", "--cache", "-1"], "not a positive number of GiB"),
         (["nowhere-at-all"], "nowhere-at-all"),
     ],
 )

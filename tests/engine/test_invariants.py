@@ -74,14 +74,14 @@ class TestCopies:
         runs = run(pipeline, probe, lane, steps=3)
         torch.testing.assert_close(runs[0], runs[CLEAN], rtol=0, atol=1e-5 * rms(runs[CLEAN]))
 
-    def test_budget_changes_nothing(self, pipeline, probe):
+    def test_cache_size_changes_nothing(self, pipeline, probe):
         """Recording one site at a time gives what recording all at once does."""
         model, sites = Model(pipeline), sites_of(pipeline)
         lanes = [Lane((Patch(s, ALL),)) for s in sites[:6]]
         with scope(pipeline):
             pair = make_pair(model, probe, *lanes)
             once = runs_of(ReferenceEngine(model), pair)
-            engine = ReferenceEngine(model, budget=1)
+            engine = ReferenceEngine(model, cache=1)
             assert len(engine._portions(pair)) == len(lanes)
             portioned = runs_of(engine, pair)
         assert list(portioned) == list(once)

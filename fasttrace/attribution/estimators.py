@@ -26,7 +26,8 @@ class Base:
 
     text: 0 is the corrupt text, 1 the clean one, between them lies the straight line. patched:
     places that take the clean run's activation at `strength`. weight: of its gradients. counts: the
-    places it is there for; None is all.
+    places it is there for; None is all. channels: of each patched place, those that take it; none
+    given is all.
     """
 
     text: float = 0.0
@@ -34,6 +35,7 @@ class Base:
     strength: float = 0.0
     weight: float = 1.0
     counts: tuple[str, ...] | None = None
+    channels: tuple[tuple[int, ...], ...] = ()
 
     @property
     def run(self) -> str | None:

@@ -63,11 +63,16 @@ def run_forward(
     for row, lane in enumerate(lanes):
         base = lane.base
         leader = next(i for i, o in enumerate(lanes) if (o.pair, o.run) == (lane.pair, CLEAN))
-        for place in () if base is None else base.patched:
+        for number, place in enumerate(() if base is None else base.patched):
+            assert base is not None
             point = step.shape.sites.index(place)
-            for branch in branches:
-                step.index[:, point, step.row(branch, row)] = step.row(branch, leader)
-                step.strength[:, point, step.row(branch, row)] = base.strength if base else 0.0
+            for own in (step.row(branch, row) for branch in branches):
+                step.index[:, point, own] = own - row + leader
+                step.strength[:, point, own] = base.strength
+                if base.channels:
+                    mask = step.masks[place][own]
+                    mask.zero_()
+                    mask[..., list(base.channels[number])] = 1.0
     first = torch.cat([starts[lane.pair] for lane in lanes])
     kept = [first]
     step.begin(schedule.first_state(first))

@@ -58,22 +58,22 @@ class Machine:
         cond = given.get("timestep_cond")
         self._timestep_cond = None if cond is None else cond[:1]
 
-    def step(self, lanes: int, sites: Sequence[str]) -> Step:
-        """The compiled step of the way forward."""
-        key = lanes, tuple(sites)
+    def step(self, lanes: int, sites: Sequence[str], masked: bool = False) -> Step:
+        """The compiled step of the way forward. masked: patches may write some channels alone."""
+        key = lanes, tuple(sites), masked
         if key not in self._steps:
             assert self.tables is not None
             self._steps[key] = Step(
                 self.denoiser,
                 self.tables,
-                Shape(lanes, self.guided, tuple(sites)),
+                Shape(lanes, self.guided, tuple(sites), masked=tuple(sites) if masked else ()),
                 self.schedule.slots,
                 self.guidance,
                 self.runner,
                 Ground(self.device),
                 self.dtype,
                 None,
-                self.fused,
+                self.fused and not masked,
             )
         return self._steps[key]
 

@@ -34,7 +34,7 @@ class Shape:
 
     lanes: lanes of a batch. guided: every lane has an unconditional row as well. sites: where
     patches may be. cached: those of them that read the cache; the others read rows of the same call
-    (a leader lane). added: cached ones at which rows of the cache may be added. recorded: sites of
+    (a leader lane). masked: sites where a patch may write some channels alone. added: cached ones at which rows of the cache may be added. recorded: sites of
     which `records` rows go into the cache. pruned: a site that all conditional rows take from the
     cache, so that what only fed it is not computed.
     """
@@ -43,6 +43,7 @@ class Shape:
     guided: bool
     sites: tuple[str, ...] = ()
     cached: tuple[str, ...] = ()
+    masked: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
     recorded: tuple[str, ...] = ()
     records: int = 0
@@ -95,6 +96,7 @@ class Step:
         self.points = [
             Point(
                 site,
+                mask="channels" if site in shape.masked else "none",
                 source="buffer" if site in shape.cached else "rows",
                 adds=site in shape.added,
             )
@@ -109,6 +111,8 @@ class Step:
             device=device,
         )
         self._now = now["index"], now["strength"]
+        # [rows, 1, C] or [rows, C]: factors of the strength, the same in every call
+        self.masks = {site: now[f"{site}/mask"] for site in shape.masked}
         self.sample = zeros(rows, *denoiser.latent)
         self.step_row = zeros(rows, dtype=torch.int64)
         names = [name for name in denoiser.body.small.reads if name.startswith("slot:")]
@@ -189,6 +193,8 @@ class Step:
         self.strength.zero_()
         self.add_index.zero_()
         self.add_scale.zero_()
+        for mask in self.masks.values():
+            mask.fill_(1.0)
 
     def read_texts(self, uncond: Sequence[int], cond: Sequence[int]) -> None:
         """Every layer of lane i reads text slot `cond[i]`, its unconditional row `uncond[i]`."""
@@ -294,7 +300,7 @@ class Step:
             return self.cache.source(site, 0)
         if table == "record":
             return self.records[site]
-        if table in ("index", "strength", "add_index", "add_scale"):
+        if table in ("index", "strength", "mask", "add_index", "add_scale"):
             return self.values[name][rows]
         return self.values[name]
 

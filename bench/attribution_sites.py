@@ -45,7 +45,9 @@ def stored(metric: str) -> dict[str, list[Pair]]:
         words = tuple(table[name][i] for name in ("prompt", "subject", "attribute"))
         rows.setdefault((seed, *words), {})[table["site_index"][i]] = i
     found: dict[str, list[Pair]] = {}
-    for (seed, prompt, subject, attribute), own in sorted(rows.items(), key=lambda item: item[0][0]):
+    for (seed, prompt, subject, attribute), own in sorted(
+        rows.items(), key=lambda item: item[0][0]
+    ):
         at = [own[s] for s in sorted(own)]
         total, floor = (float(table[name][at[0]]) for name in ("total_effect", "noise_floor"))
         effects = np.array([table["effect"][i] for i in at], np.float64)

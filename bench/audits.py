@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import ceil
 
 import numpy as np
@@ -38,6 +39,7 @@ class AuditRow:
     too_low: int
 
 
+Key = tuple[str, str]
 Ranking = Callable[[np.random.Generator], np.ndarray]
 
 
@@ -62,15 +64,17 @@ def screens(
 
 
 def audit_rows(
-    found: Mapping[tuple[str, str], Scores], screened: Mapping[tuple[str, str], Mapping[str, float]]
+    found: Mapping[Key, Scores],
+    screened: Mapping[Key, Mapping[str, float]],
+    keys: Sequence[Key] = tuple(product(METRICS, ATTRIBUTES)),
 ) -> Iterator[AuditRow]:
-    for metric in METRICS:
-        for attribute in ATTRIBUTES:
-            scores = found[metric, attribute]
-            for name, truth, ranking in screens(scores, screened[metric, attribute]):
-                for share, cut in ((TENTH, "best tenth"), (THIRD, "best third")):
-                    for sample in SAMPLES:
-                        yield _row(scores, name, truth, ranking, share, cut, sample)
+    """keys: metric and attribute."""
+    for key in keys:
+        scores = found[key]
+        for name, truth, ranking in screens(scores, screened[key]):
+            for share, cut in ((TENTH, "best tenth"), (THIRD, "best third")):
+                for sample in SAMPLES:
+                    yield _row(scores, name, truth, ranking, share, cut, sample)
 
 
 def _row(

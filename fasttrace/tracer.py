@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
+from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +26,13 @@ from fasttrace.pictures import OUTPUTS, outputs
 from fasttrace.plan.options import parse_choice
 from fasttrace.plan.plan import Plan, PlannedRow
 from fasttrace.planner import Planner
+from fasttrace.report.names import WHOLE_STREAM
 from fasttrace.rows import PairRows, Pictures, RowWriter, Scorer, lanes_of, rows_of_pairs
 from fasttrace.types import Probe, Row
 
 if TYPE_CHECKING:
     from fasttrace.attribution.estimators import Estimator
+    from fasttrace.attribution.found import Found
     from fasttrace.attribution.result import Screen
     from fasttrace.engine.predict import Prediction
     from fasttrace.plan.request import PlanRequest
@@ -41,6 +44,7 @@ ENGINES: dict[str, Callable[..., Engine]] = {
 }
 
 OnStep = Callable[[Any, int, Any, dict[str, Any]], Any]
+OnStage = Callable[[str, int, int], None]
 
 _PROBES_HAVE_THEIR_OWN = (
     "A probe has its own subject, attribute, occurrence and negative prompt: put them into the "
@@ -258,16 +262,69 @@ class Tracer(Planner):
         given (pairs done, pairs). `rest` are the arguments of `plan`; the metric has to be
         differentiable. Raises `UsageError` where it isn't, or the scheduler is no weighted sum.
         """
-        from fasttrace.attribution.estimators import parse_estimator
-        from fasttrace.attribution.screen import LANES, Screener, pairs_of
-
         _check_names(rest, self.screen, self.plan)
         probes = self._probes(prompt, subject, attribute, occurrence, negative_prompt)
         plan = self.plan(probes, **rest)
-        engine = self.engine if isinstance(self.engine, FastEngine) else FastEngine(self.model)
+        return self._screen(plan, by, estimator, horizon, lanes, on_progress)
+
+    def find(
+        self,
+        prompt: str | Probe | Sequence[Probe],
+        subject: str | None = None,
+        *,
+        estimator: str | Estimator = "averaged:3",
+        top: int | None = None,
+        audit: int = 10,
+        threshold: float | None = None,
+        always: Sequence[str] = WHOLE_STREAM,
+        groups: int = 4,
+        inside: int = 4,
+        draw: int = 0,
+        lanes: int | None = None,
+        negative_prompt: str = "",
+        attribute: str = "",
+        occurrence: int = 0,
+        on_progress: OnStage | None = None,
+        **rest: Any,
+    ) -> Found:
+        """Which places matter, without patching all: screen, check exactly, bound what was missed.
+
+        Screens every place (see `screen`), then patches exactly: kinds in `always`, the `top`
+        ranked highest of the others (None: a fifth of them) and `audit` of the rest, drawn at
+        random with the seed `draw`. From the latter follows how many places above `threshold` (the
+        metric's unit; None: the effect of the last of the best tenth) may have been missed, at 95 %
+        confidence. The best `groups` places are patched together, and `inside` heads and channels
+        of each patched alone and together. lanes: as of `screen`. on_progress is given ("pairs" or
+        "rows", done, total). `rest` are the arguments of `plan`: one metric, one window.
+        """
+        from fasttrace.attribution.find import Asked, find
+        from fasttrace.attribution.runner import Runner
+
+        _check_names(rest, self.find, self.plan)
+        asked = Asked(top, audit, threshold, tuple(always), groups, inside, draw)
+        probes = self._probes(prompt, subject, attribute, occurrence, negative_prompt)
+        plan = self.plan(probes, **rest)
+        told = None if on_progress is None else partial(on_progress, "pairs")
+        screen = self._screen(
+            plan, asked.by if plan.component == "unet" else "site", estimator, None, lanes, told
+        )
+        return find(plan, screen, Runner(self, plan, on_progress), asked)
+
+    def _screen(
+        self,
+        plan: Plan,
+        by: str | Sequence[str],
+        estimator: str | Estimator,
+        horizon: int | None,
+        lanes: int | None,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> Screen:
+        from fasttrace.attribution.estimators import parse_estimator
+        from fasttrace.attribution.screen import LANES, Screener, pairs_of
+
         screener = Screener(
             self.model,
-            engine,
+            self.fast_engine,
             plan,
             parse_estimator(estimator),
             by,
@@ -277,6 +334,11 @@ class Tracer(Planner):
         pairs = pairs_of(plan, lambda probe, rows: self._pair(plan, probe, rows), self._inside)
         with self._inside():
             return screener.run(pairs, on_progress)
+
+    @property
+    def fast_engine(self) -> FastEngine:
+        """What screens and parts of sites run on, whichever engine rows do."""
+        return self.engine if isinstance(self.engine, FastEngine) else FastEngine(self.model)
 
     def _result(
         self,

@@ -108,8 +108,9 @@ class Settled(Generic[Arm]):
             return f"None of the {self.pairs} pairs has anything to restore, so no site is causal."
         if self.why == "every pair":
             return (
-                f"All {self.pairs} pairs were needed for {places} of {len(self.standings)}: {cost}. "
-                f"What stayed open to the end is exact; what was settled before is so with {sure}."
+                f"All {self.pairs} pairs were needed for {places} of {len(self.standings)}: "
+                f"{cost}. What stayed open to the end is exact; what was settled before is so with "
+                f"{sure}."
             )
         if self.settled:
             return (

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fasttrace.cli.progress import note, progress
 from fasttrace.errors import UsageError
-from fasttrace.store import Store, read_rows
+from fasttrace.store import SettledRecord, Store, read_rows
 
 if TYPE_CHECKING:
     from fasttrace.attribution.until import AdaptiveSweep
@@ -42,11 +42,20 @@ def check_adaptive(request: Request) -> None:
 
 
 def make_sweep(plan: Plan, request: Request) -> AdaptiveSweep:
-    """Before anything is written. Raises `UsageError` where the plan is nothing to be settled."""
+    """Before anything is written. Raises `UsageError` where the plan is nothing to be settled, or
+    the directory says what was settled of another component."""
     from fasttrace.attribution.until import AdaptiveSweep
 
     assert request.until is not None
-    return AdaptiveSweep(plan, request.until, request.budget)
+    sweep = AdaptiveSweep(plan, request.until, request.budget)
+    before = SettledRecord.read(request.out)
+    known = [] if before is None else sorted({one.component for one in before.sites})
+    if known and known != sorted({place[0] for place in sweep.race.arms}):
+        raise UsageError(
+            f"{request.out} holds an adaptive sweep of {' and '.join(known)}, and a directory "
+            "holds one: choose another --out."
+        )
+    return sweep
 
 
 def settle(tracer: Tracer, sweep: AdaptiveSweep, request: Request, store: Store) -> int:

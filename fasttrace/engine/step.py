@@ -34,9 +34,10 @@ class Shape:
 
     lanes: lanes of a batch. guided: every lane has an unconditional row as well. sites: where
     patches may be. cached: those of them that read the cache; the others read rows of the same call
-    (a leader lane). masked: sites where a patch may write some channels alone. added: cached ones at which rows of the cache may be added. recorded: sites of
-    which `records` rows go into the cache. pruned: a site that all conditional rows take from the
-    cache, so that what only fed it is not computed.
+    (a leader lane). masked: those where a patch may write some channels alone. added: cached ones
+    at which rows of the cache may be added. recorded: sites of which `records` rows go into the
+    cache. pruned: a site that all conditional rows take from the cache, so that what only fed it is
+    not computed.
     """
 
     lanes: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -56,12 +57,15 @@ def uneven(effects: Sequence[SiteEffect]) -> bool:
 
 
 def caution(record: SettledRecord, rows: Iterable[Row]) -> str:
-    """What averages of an adaptive sweep's rows can't say; empty where every site has as many."""
-    pairs = {(one.component, one.site, one.selector): 0 for one in record.sites}
-    for row in rows:
-        place = row.component, row.site, row.selector
-        if row.metric == record.metric and place in pairs:
-            pairs[place] += 1
+    """What averages of its component's rows can't say; empty where every site has as many."""
+    components = {one.component for one in record.sites}
+    pairs = Counter(
+        (row.component, row.site, row.selector)
+        for row in rows
+        if row.metric == record.metric and row.component in components
+    )
+    if not pairs:
+        return ""
     fewest, most = min(pairs.values()), max(pairs.values())
     if fewest == most:
         return ""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fasttrace import Tracer
 from fasttrace.cli import main
 from fasttrace.store import SettledRecord, read_rows
 
@@ -40,7 +41,22 @@ def whole(arguments: list[str], tmp_path_factory) -> Path:
     return out
 
 
-def test_killed_it_goes_on_and_ends_the_same(arguments, whole, tmp_path: Path, capsys):
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """Keys of the rows that this process made, finished ones that it made again included."""
+    keys: list[str] = []
+    real = Tracer.iter_rows
+
+    def iter_rows(self, plan, **options):
+        for row, pictures in real(self, plan, **options):
+            keys.append(row.key)
+            yield row, pictures
+
+    monkeypatch.setattr(Tracer, "iter_rows", iter_rows)
+    return keys
+
+
+def test_killed_it_goes_on_and_ends_the_same(arguments, whole, tmp_path: Path, capsys, ran):
     """SIGKILL within the first look's pairs and after it: no finished row is made again, and with
     the same rows come the same decisions."""
     out = tmp_path / "out"
@@ -77,7 +93,7 @@ def test_killed_it_goes_on_and_ends_the_same(arguments, whole, tmp_path: Path, c
     assert record is not None
     assert about["until"] == record.model_dump()
     same(record, SettledRecord.read(whole))
-    assert about["new"] == about["rows"] - finished > 0
+    assert about["new"] == about["rows"] - finished == len(ran) > 0
     assert about["rows"] < about["planned"]
     assert f"latent_recovery: {about['until']['words']}" in printed.err
     assert "after 5 pairs: " in printed.err
@@ -87,6 +103,7 @@ def test_killed_it_goes_on_and_ends_the_same(arguments, whole, tmp_path: Path, c
     assert main([*arguments, *UNTIL, "--out", str(out), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert (again["new"], again["until"]) == (0, about["until"])
+    assert len(ran) == about["new"]
 
 
 def same(record: SettledRecord, other: SettledRecord | None) -> None:
@@ -100,7 +117,7 @@ def same(record: SettledRecord, other: SettledRecord | None) -> None:
         assert mine == theirs
 
 
-def test_with_every_row_there_nothing_runs(arguments, whole, tmp_path: Path, capsys):
+def test_with_every_row_there_nothing_runs(arguments, tmp_path: Path, capsys, ran):
     out = tmp_path / "out"
     few = [*arguments, "--sites", "attn2", "--out", str(out)]
     assert main([*few, "-q"]) == 0
@@ -110,6 +127,7 @@ def test_with_every_row_there_nothing_runs(arguments, whole, tmp_path: Path, cap
     assert main([*few, *UNTIL, "--json"]) == 0
     about = json.loads(capsys.readouterr().out)
     assert about["new"] == 0
+    assert len(ran) == len(rows)
     assert about["until"]["settled"]
     assert read_rows(out) == rows
 
@@ -168,6 +186,15 @@ def test_refused(arguments, tmp_path: Path, capsys, words, given):
     assert printed.out == ""
     assert words in printed.err
     assert not out.exists()
+
+
+def test_one_component_a_directory(arguments, whole, capsys):
+    """Else the second record would hide the first one, and its caution."""
+    before = (whole / "until.json").read_bytes()
+    text = [*arguments, *UNTIL, "--component", "text_encoder", "--out", str(whole)]
+    assert main(text) == 2
+    assert "holds an adaptive sweep of unet" in capsys.readouterr().err
+    assert (whole / "until.json").read_bytes() == before
 
 
 def test_memory_is_another_option(arguments, tmp_path: Path, capsys):

@@ -278,7 +278,7 @@ class Tracer(Planner):
         threshold: float | None = None,
         always: Sequence[str] = WHOLE_STREAM,
         groups: int = 4,
-        inside: int = 4,
+        inside: int = 2,
         draw: int = 0,
         lanes: int | None = None,
         negative_prompt: str = "",

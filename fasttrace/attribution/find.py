@@ -62,7 +62,7 @@ class Asked:
     threshold: float | None = None
     always: tuple[str, ...] = WHOLE_STREAM
     groups: int = 4
-    inside: int = 4
+    inside: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:

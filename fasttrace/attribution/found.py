@@ -12,6 +12,7 @@ from fasttrace.attribution.audit import Audit
 from fasttrace.attribution.result import Screen, load_screen
 from fasttrace.errors import StoreError
 from fasttrace.report.names import words
+from fasttrace.report.screened import write_found_page
 from fasttrace.report.uncertainty import rank_correlation
 from fasttrace.store.disk import write_atomic
 from fasttrace.store.schema import from_parquet, to_parquet
@@ -239,8 +240,8 @@ class Found:
         return pa.Table.from_pylist([asdict(place) for place in self.places])
 
     def save(self, folder: str | Path) -> Path:
-        """`found.json` with `found.parquet` (places), the exact rows and the screen's files; the
-        path of the first. Raises `StoreError` where they can't be written."""
+        """`found.json` with `found.parquet` (places), the exact rows and the screen's files, and a
+        page; its path. Raises `StoreError` where they can't be written."""
         import pyarrow.parquet as pq
 
         folder = Path(folder)
@@ -254,7 +255,7 @@ class Found:
             self.screen.save(folder)
         text = json.dumps(self.record(), allow_nan=False, indent=1) + "\n"
         write_atomic(folder / FOUND, text.encode())
-        return folder / FOUND
+        return write_found_page(self.record(), folder)
 
     def record(self) -> dict[str, Any]:
         """As JSON: everything but rows and screen, with what follows from it."""

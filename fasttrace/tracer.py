@@ -305,9 +305,7 @@ class Tracer(Planner):
         probes = self._probes(prompt, subject, attribute, occurrence, negative_prompt)
         plan = self.plan(probes, **rest)
         told = None if on_progress is None else partial(on_progress, "pairs")
-        screen = self._screen(
-            plan, asked.by if plan.component == "unet" else "site", estimator, None, lanes, told
-        )
+        screen = self._screen(plan, asked.levels(plan), estimator, None, lanes, told)
         return find(plan, screen, Runner(self, plan, on_progress), asked)
 
     def _screen(

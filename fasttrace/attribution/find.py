@@ -77,10 +77,13 @@ class Asked:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise UsageError(f"The seed of the draw is a whole number, not {self.seed!r}.")
 
-    @property
-    def by(self) -> tuple[str, ...]:
-        """Levels of the screen that are needed."""
-        return ("site", "head", "channel") if self.inside and self.groups else ("site",)
+    def levels(self, plan: Plan) -> tuple[str, ...]:
+        """Of the screen that is needed."""
+        if plan.component != "unet" or not (self.inside and self.groups):
+            return ("site",)
+        kinds = {patch.site.kind for row in plan.rows for patch in row.lane.patches}
+        heads = ("head",) if kinds & {"attn1", "attn2"} else ()
+        return ("site", *heads, "channel")
 
 
 @dataclass

@@ -20,6 +20,7 @@ from fasttrace.cli import (
     demo,
     edit,
     evaluate,
+    find,
     info,
     locate,
     plan,
@@ -46,6 +47,7 @@ app = typer.Typer(
 COMMANDS = (
     trace,
     screen,
+    find,
     run,
     plan,
     profile,
@@ -53,6 +55,7 @@ COMMANDS = (
     sites,
     edit,
     evaluate,
+    find,
     locate,
     info,
     demo,

@@ -113,7 +113,7 @@ def command(
     if not of_text:
         options["branch"] = branch
     with new_folder(out, "the screen "):
-        tracer = _tracer(check_text("MODEL", model), dtype, device)
+        tracer = load_tracer(check_text("MODEL", model), dtype, device)
         pairs = sum(len(own) for own in wanted.values())
         with progress(pairs, quiet, words=("screening", "pairs")) as advance:
             found = tracer.screen(
@@ -249,10 +249,10 @@ def _coordinate(tracer: Tracer, ranked: Ranked, prompt: str | None) -> str:
     return f"{ranked.coordinate} {word}"
 
 
-def _tracer(model: str, dtype: str, device: str) -> Tracer:
+def load_tracer(model: str, dtype: str, device: str, variant: str | None = None) -> Tracer:
     from fasttrace.cli.sweep import quiet_libraries
 
     quiet_libraries()
     from fasttrace import Tracer, load
 
-    return Tracer(load(model, dtype=dtype, device=device))
+    return Tracer(load(model, dtype=dtype, device=device, variant=variant))

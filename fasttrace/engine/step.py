@@ -44,11 +44,11 @@ class Shape:
     guided: bool
     sites: tuple[str, ...] = ()
     cached: tuple[str, ...] = ()
-    masked: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
     recorded: tuple[str, ...] = ()
     records: int = 0
     pruned: str | None = None
+    masked: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fasttrace.report.names import component_words, words
+from fasttrace.report.names import KIND_WORDS, component_words, words
 from fasttrace.report.pages import environment
 from fasttrace.store.disk import write_atomic
 
@@ -89,9 +89,9 @@ def render_found(record: Mapping[str, Any]) -> str:
             width=WIDTH,
             height=HEIGHT,
             winners=winners,
-            kinds=[(colour(kind), words("", kind)) for kind in kinds],
+            kinds=[(colour(kind), KIND_WORDS.get(kind, kind)) for kind in kinds],
             correlations={
-                words("", name) if name in kinds else name: rho
+                KIND_WORDS.get(name, name): rho
                 for name, rho in record["correlations"].items()
                 if rho is not None
             },

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fasttrace.cli.options import Json, Out, Quiet, check_text, parse_shard
+from fasttrace.cli.options import Json, Quiet, check_text, parse_shard
 
 NAME = "run"
 
@@ -16,7 +16,9 @@ NAME = "run"
 def command(
     context: typer.Context,
     plan: Annotated[Path, typer.Argument(help="A plan: a JSON file.", metavar="PLAN")],
-    out: Out,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The results directory.", metavar="DIR")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Instead of the plan's: a folder, a hub id, 'embedded'.")
     ] = None,
@@ -40,6 +42,8 @@ def command(
     if check:
         print(json.dumps({"plan": asked.digest()}) if as_json else f"{asked.digest()}  {plan}")
         return
+    if out is None:
+        raise UsageError("Where do the rows go? Give --out DIR.")
     chosen = check_text("--model", model) if model is not None else asked.model
     if chosen is None:
         raise UsageError("The plan names no model; give one with --model.")

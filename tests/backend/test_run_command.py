@@ -73,6 +73,9 @@ def test_without_a_model(write_plan, tmp_path, capsys):
 
 def test_check_only(write_plan, tmp_path, capsys):
     plan = write_plan()
-    assert main(["run", str(plan), "--out", str(tmp_path / "out"), "--check"]) == 0
-    assert capsys.readouterr().out.startswith(fasttrace.read_plan(plan).digest())
+    for where in (["--out", str(tmp_path / "out")], []):
+        assert main(["run", str(plan), *where, "--check"]) == 0
+        assert capsys.readouterr().out.startswith(fasttrace.read_plan(plan).digest())
     assert not (tmp_path / "out").exists()
+    assert main(["run", str(plan), "--model", "embedded"]) == 2
+    assert "--out DIR" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 // What the checks of every op are made of.
 #pragma once
 
-#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -9,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include "ops.h"
+#include "words.h"
 
 namespace fasttrace {
 
@@ -21,19 +21,14 @@ struct Require {
   template <typename... Parts>
   void operator()(bool condition, const Parts&... parts) const {
     if (condition) return;
-    std::ostringstream message;
-    message << op << ": ";
-    (message << ... << parts);
-    throw std::runtime_error(message.str());
+    throw std::runtime_error(words(op, ": ", parts...));
   }
 };
 
 inline std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
-  text << "]";
-  return text.str();
+  std::string text = "[";
+  for (int64_t d = 0; d < tensor.dim(); ++d) text += words(d ? ", " : "", tensor.size(d));
+  return text + "]";
 }
 
 // No gap and no overlap within a row: one run of memory, in whatever order of the dimensions.

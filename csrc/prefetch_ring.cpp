@@ -1,9 +1,10 @@
 #include "prefetch_ring.h"
 
+#include "words.h"
+
 #include <algorithm>
 #include <cstring>
 #include <exception>
-#include <sstream>
 #include <stdexcept>
 #include <utility>
 
@@ -13,10 +14,7 @@ namespace {
 template <typename Error, typename... Parts>
 void require(bool condition, const Parts&... parts) {
   if (condition) return;
-  std::ostringstream message;
-  message << "prefetch_ring: ";
-  (message << ... << parts);
-  throw Error(message.str());
+  throw Error(words("prefetch_ring: ", parts...));
 }
 
 template <typename... Parts>

@@ -109,8 +109,10 @@ def resolve(name: str) -> Path | str:
         )
     if is_hub_id(name):
         return name
-    close = get_close_matches(name, ["embedded", *ARCHITECTURES], n=1)
-    meant = f" Did you mean '{close[0]}'?" if close else ""
+    known = ["embedded", *ARCHITECTURES]
+    begin = [one for one in known if name and one.startswith(name)]  # a family: sd
+    close = begin[:3] or get_close_matches(name, known, n=1)
+    meant = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise ModelError(
         f"There is no model '{name}': expected 'embedded', a folder, or a hub id 'owner/model'."
         f"{meant}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from attribution_exact import Kept
+from attribution_exact import METRIC, Arrays, Kept, Named, keep_all, seeds_of
 
 from fasttrace import Corruption, Probe, Tracer
 from fasttrace.attribution.result import Screen
@@ -38,44 +39,69 @@ def screened(
     seed: int,
     sigma: float,
     *,
-    metric: str = "latent_recovery",
+    metric: str = METRIC,
     estimator: str = "plain",
     parts: bool = False,
 ) -> Screened:
     """sigma: of the corruption, the one that exact patches were made with. parts: heads, channels
     too."""
+    pair = probe, seed
+    found = screens(tracer, kept, [pair], sigma, metric=metric, estimator=estimator, parts=parts)
+    return found[pair]
 
-    def make() -> dict[str, np.ndarray]:
+
+def screens(
+    tracer: Tracer,
+    kept: Kept,
+    pairs: Sequence[Named],
+    sigma: float,
+    *,
+    metric: str = METRIC,
+    estimator: str = "plain",
+    parts: bool = False,
+) -> dict[Named, Screened]:
+    """Of several pairs: those that are not kept are screened together, for less overhead."""
+
+    def make(missing: list[Named]) -> dict[Named, Arrays]:
+        seeds = seeds_of(missing)
         found = tracer.screen(
-            [probe],
-            seeds=[seed],
+            list(seeds),
+            seeds=seeds,
             metric=metric,
             estimator=estimator,
             corruption=Corruption(sigma=sigma),
             by=LEVELS if parts else "site",
         )
         return {
-            "sites": _per_call(found),
-            "heads": _of(found, "head"),
-            "channels": _of(found, "channel"),
-            "generations": np.array(found.generations),
+            (pair.probe, pair.seed): {
+                "sites": _per_call(found, i),
+                "heads": _of(found, "head", i),
+                "channels": _of(found, "channel", i),
+                "generations": np.array(found.generations),
+            }
+            for i, pair in enumerate(found.pairs)
         }
 
-    asked = f"screen {probe} {seed} {sigma} {metric} {estimator} {parts}"
-    got = kept.get(asked, make)
-    return Screened(got["sites"], got["heads"], got["channels"], float(got["generations"]))
+    def name(pair: Named) -> str:
+        return f"screen {pair[0]} {pair[1]} {sigma} {metric} {estimator} {parts}"
+
+    return {
+        pair: Screened(got["sites"], got["heads"], got["channels"], float(got["generations"]))
+        for pair, got in keep_all(kept, pairs, name, make).items()
+    }
 
 
 def screened_text(
-    tracer: Tracer, kept: Kept, probe: Probe, seed: int, sigma: float, estimator: str = "plain"
-) -> tuple[dict[str, np.ndarray], float]:
+    tracer: Tracer, kept: Kept, pair: Named, sigma: float, estimator: str = "plain"
+) -> tuple[Arrays, float]:
     """Scores of every token by text-encoder site, and generations."""
+    probe, seed = pair
 
-    def make() -> dict[str, np.ndarray]:
+    def make() -> Arrays:
         found = tracer.screen(
             [probe],
             seeds=[seed],
-            metric="latent_recovery",
+            metric=METRIC,
             estimator=estimator,
             component="text_encoder",
             corruption=Corruption(sigma=sigma),
@@ -87,11 +113,11 @@ def screened_text(
     return got, float(got.pop("generations"))
 
 
-def _per_call(found: Screen) -> np.ndarray:
+def _per_call(found: Screen, pair: int) -> np.ndarray:
     own = [r for r in found.readings if r.axis == "all"]
-    return np.stack([found.scores[r.key][0, 0, :, 0] for r in own], 1).astype(np.float64)
+    return np.stack([found.scores[r.key][pair, 0, :, 0] for r in own], 1).astype(np.float64)
 
 
-def _of(found: Screen, axis: str) -> np.ndarray:
-    own = [found.effects(r)[0] for r in found.readings if r.axis == axis]
+def _of(found: Screen, axis: str, pair: int) -> np.ndarray:
+    own = [found.effects(r)[pair] for r in found.readings if r.axis == axis]
     return np.zeros(0) if not own else np.stack(own) if axis == "head" else np.concatenate(own)

@@ -28,7 +28,7 @@ from fasttrace.plan.plan import Plan, PlannedRow
 from fasttrace.planner import Planner
 from fasttrace.report.names import WHOLE_STREAM
 from fasttrace.rows import PairRows, Pictures, RowWriter, Scorer, lanes_of, rows_of_pairs
-from fasttrace.types import Probe, Row
+from fasttrace.types import Metric, Probe, Row
 
 if TYPE_CHECKING:
     from fasttrace.attribution.estimators import Estimator
@@ -242,6 +242,7 @@ class Tracer(Planner):
         *,
         by: str | Sequence[str] = "site",
         estimator: str | Estimator = "plain",
+        metric: str | Metric | Callable[..., Any] = "latent_recovery",
         horizon: int | None = None,
         lanes: int | None = None,
         negative_prompt: str = "",
@@ -257,14 +258,15 @@ class Tracer(Planner):
         Text-encoder sites come by token. estimator: "plain"; "averaged:<points>[:<rule>]" over
         prompts between corrupt and clean; "integrated:<points>" over the strength of each site's
         own patch; "joint:<points>" over that of all sites together; the first two also with "+keys"
-        (swapped keys go through the softmax). horizon: only so many calls answer to a patch, later
-        predictions are held. lanes: runs that gradients are taken of at a time. on_progress is
-        given (pairs done, pairs). `rest` are the arguments of `plan`; the metric has to be
-        differentiable. Raises `UsageError` where it isn't, or the scheduler is no weighted sum.
+        (swapped keys go through the softmax). metric: one that is differentiable. horizon: only so
+        many calls answer to a patch, later predictions are held. lanes: runs that gradients are
+        taken of at a time. on_progress is given (pairs done, pairs). `rest` are the arguments of
+        `plan`. Raises `UsageError` where the metric isn't differentiable, or the scheduler is no
+        weighted sum. A pair with nothing to restore has a `note` and takes no part in rankings.
         """
         _check_names(rest, self.screen, self.plan)
         probes = self._probes(prompt, subject, attribute, occurrence, negative_prompt)
-        plan = self.plan(probes, **rest)
+        plan = self.plan(probes, metric=metric, **rest)
         return self._screen(plan, by, estimator, horizon, lanes, on_progress)
 
     def find(
@@ -273,10 +275,11 @@ class Tracer(Planner):
         subject: str | None = None,
         *,
         estimator: str | Estimator = "averaged:3",
+        metric: str | Metric | Callable[..., Any] = "latent_recovery",
         top: int | None = None,
         audit: int = 10,
         threshold: float | None = None,
-        always: Sequence[str] = WHOLE_STREAM,
+        always: str | Sequence[str] | None = WHOLE_STREAM,
         groups: int = 4,
         inside: int = 2,
         draw: int = 0,
@@ -301,9 +304,11 @@ class Tracer(Planner):
         from fasttrace.attribution.runner import Runner
 
         _check_names(rest, self.find, self.plan)
-        asked = Asked(top, audit, threshold, tuple(always), groups, inside, draw)
+        always = (always,) if isinstance(always, str) else tuple(always or ())
+        asked = Asked(top, audit, threshold, always, groups, inside, draw)
         probes = self._probes(prompt, subject, attribute, occurrence, negative_prompt)
-        plan = self.plan(probes, **rest)
+        plan = self.plan(probes, metric=metric, **rest)
+        asked.check(plan)
         told = None if on_progress is None else partial(on_progress, "pairs")
         screen = self._screen(plan, asked.levels(plan), estimator, None, lanes, told)
         return find(plan, screen, Runner(self, plan, on_progress), asked)

@@ -44,9 +44,11 @@ class Audit:
         if not self.population:
             return "Every place was checked exactly, so none can have been missed."
         if self.sample == self.population:
+            one = self.population == 1
             return (
-                f"All {self.population} places below the verified ones were checked as well: "
-                f"{self.above} above the threshold, none left to miss."
+                f"{'The one place' if one else f'All {self.population} places'} below the verified "
+                f"ones {'was' if one else 'were'} checked as well: {self.above} above the "
+                "threshold, none left to miss."
             )
         if not self.sample:
             return (

@@ -92,7 +92,7 @@ class Backward:
             state["leaf"] = leaf
             values = self._values(call, state)
             values["sample"] = torch.cat([leaf] * 2) if machine.guided else leaf
-            values |= self._patches(beside)
+            values |= self._patches(beside, call)
             return returns.graph(values)
 
         with torch.enable_grad():
@@ -186,7 +186,7 @@ class Backward:
             for i, key in enumerate(keys)
         }
 
-    def _patches(self, beside: Beside) -> dict[str, Tensor]:
+    def _patches(self, beside: Beside, call: int) -> dict[str, Tensor]:
         """Tables of the patched places: each row reads its pair's clean activation."""
         tables = {}
         branches = self.question.branches
@@ -196,7 +196,7 @@ class Backward:
             index, strength = [], []
             for branch in ("uncond", "cond")[not self.machine.guided :]:
                 for pair, base in self.layout.rows:
-                    here = branch in branches and place in base.patched
+                    here = branch in branches and place in base.patched and base.acts(call)
                     index.append(branches.index(branch) * pairs + pair if here else -1)
                     strength.append(base.strength if here else 0.0)
             source = torch.cat([beside[CLEAN, branch][place] for branch in branches])

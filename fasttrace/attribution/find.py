@@ -22,11 +22,12 @@ from fasttrace.attribution.found import Cost, Finer, Found, Place, Together, Why
 from fasttrace.attribution.parts import Part, part_of
 from fasttrace.attribution.readings import Reading
 from fasttrace.attribution.result import Screen
+from fasttrace.attribution.screen import check_scored
 from fasttrace.errors import UsageError
 from fasttrace.plan.build import Setting, lane_digest
 from fasttrace.plan.lanes import RUN
 from fasttrace.plan.plan import Plan, PlannedRow
-from fasttrace.report.names import WHOLE_STREAM
+from fasttrace.report.names import KIND_WORDS, WHOLE_STREAM
 from fasttrace.report.statistics import average_effects, counts, default_minimum, prompt_key
 from fasttrace.types import Lane, Row, Site
 
@@ -72,10 +73,21 @@ class Asked:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UsageError(f"{name} is a whole number of at least {least}, not {value!r}.")
-        if self.threshold is not None and not isfinite(self.threshold):
+        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+        if self.threshold is not None and not (number and isfinite(self.threshold)):
             raise UsageError(f"The threshold {self.threshold!r} is not a finite number.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise UsageError(f"The seed of the draw is a whole number, not {self.seed!r}.")
+
+    def check(self, plan: Plan) -> None:
+        """Raises `UsageError` for kinds that the plan can't have."""
+        own = {patch.site.kind for row in plan.rows for patch in row.lane.patches}
+        unknown = [kind for kind in self.always if kind not in own | set(KIND_WORDS)]
+        if unknown:
+            raise UsageError(
+                f"always names kinds of sites, and {unknown[0]!r} is none; this plan has "
+                f"{', '.join(sorted(own))}."
+            )
 
     def levels(self, plan: Plan) -> tuple[str, ...]:
         """Of the screen that is needed."""
@@ -112,6 +124,8 @@ def find(plan: Plan, screen: Screen, runner: Runner, asked: Asked) -> Found:
     cells = {key: cell for key, cell in cells_of(plan).items() if cell.runs}
     if len(cells) < 2:
         raise UsageError("There is one place at most to patch, so nothing has to be found.")
+    if screen.nothing:
+        raise UsageError(screen.nothing)
     scores = Scores(plan, screen)
     ranked = {key: scores.mean(cell, scores.likely) for key, cell in cells.items()}
     why = choose(cells, ranked, asked)
@@ -195,15 +209,11 @@ def cells_of(plan: Plan) -> dict[Key, Cell]:
     """In the plan's order. Raises `UsageError` for a plan that a screen has no scores for."""
     if len(plan.metrics) != 1:
         raise UsageError(f"Places are found by one metric, not {len(plan.metrics)}.")
+    check_scored(plan)
     found: dict[Key, Cell] = {}
     windows = set()
     for row in plan.rows:
         [patch] = row.lane.patches
-        if patch.source != "clean" or plan.base != "corrupt" or patch.strength != 1:
-            raise UsageError(
-                "A screen scores what the clean run's activation does in the corrupt run; other "
-                "sources and bases are traced without one."
-            )
         windows.add(patch.selector.window)
         key = patch.site.name, patch.selector.label
         cell = found.setdefault(key, Cell(patch.site, patch.selector.label))

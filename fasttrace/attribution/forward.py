@@ -67,8 +67,9 @@ def run_forward(
             assert base is not None
             point = step.shape.sites.index(place)
             for own in (step.row(branch, row) for branch in branches):
-                step.index[:, point, own] = own - row + leader
-                step.strength[:, point, own] = base.strength
+                calls = slice(*(base.window or (0, schedule.calls)))
+                step.index[calls, point, own] = own - row + leader
+                step.strength[calls, point, own] = base.strength
                 if base.channels:
                     mask = step.masks[place][own]
                     mask.zero_()

@@ -175,6 +175,7 @@ class Found:
         checked = sum(p.exact is not None for p in self.places)
         whole = sum(p.why == "always" for p in self.places)
         top = sum(p.why == "top" for p in self.places)
+        ranked = sum(p.exact is not None and p.why != "always" for p in self.places)
         cost, rho = self.cost, self.correlations["ranked by the screen"]
         lines = [
             (
@@ -191,8 +192,8 @@ class Found:
         ]
         if not isnan(rho):
             lines.append(
-                f"Over the places that the screen ranked and exact patching checked, the rank "
-                f"correlation of the two is {rho:+.2f}."
+                f"Over the {ranked} places that the screen ranked and exact patching checked, the "
+                f"rank correlation of the two is {rho:+.2f}."
             )
         if not isnan(self.recall):
             lines.append(
@@ -216,18 +217,20 @@ class Found:
         return self.audit.above / sample * self.audit.population if sample else 0.0
 
     def __str__(self) -> str:
-        lines = [*self.words, ""]
+        lines = [*self.words, "", f"At the threshold or above, exact effects ({self.metric}):"]
         for place in self.winners[:20]:
             low, high = place.low, place.high
             interval = "" if low is None or high is None else f" [{low:.3g}, {high:.3g}]"
             lines.append(
                 f"{_exact(place):+10.4g}{interval}  screened {place.screened:+.4g}  {place.name}"
             )
+        lines += ["", "Patched together:"] if self.together else []
         lines += [
             f"{one.together:+10.4g}  {' and '.join(one.names)} together: {one.gain:+.3g} "
             f"beyond the best of them, {one.overlap:+.3g} in common"
             for one in self.together
         ]
+        lines += ["", "Inside them:"] if self.finer else []
         lines += [f"{p.exact:+10.4g}  screened {p.screened:+.4g}  {p.name}" for p in self.finer]
         return "\n".join(lines)
 

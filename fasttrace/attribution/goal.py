@@ -37,7 +37,7 @@ class Goal:
 
 def parse_goal(text: str) -> Goal:
     """ "top10%@95" is a tenth of the sites with 95 % confidence; "top5" five, with 95 %."""
-    found = _UNTIL.fullmatch(text.strip())
+    found = _UNTIL.fullmatch(text.strip()) if isinstance(text, str) else None
     if found:
         number, percent = float(found[1]), bool(found[2])
         confidence = CONFIDENCE if found[3] is None else float(found[3]) / 100

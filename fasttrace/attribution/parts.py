@@ -1,8 +1,8 @@
 """Exact patches of parts of sites: heads, channels, neurons, alone or several in one run.
 
-A part is some channels of a mark of the compiled graph: a head's of the heads' outputs, an output's
-or a feed-forward's hidden ones. A lane takes the clean run's values there, in all calls, and keeps
-its own elsewhere.
+A part is some channels of a mark of the compiled graph: a head's of the heads' outputs, an
+output's or a feed-forward's hidden ones. A lane takes the clean run's values there, in the calls
+of a window, and keeps its own elsewhere.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fasttrace.engine.base import CLEAN, CORRUPT, Pair
 from fasttrace.engine.fast import FastEngine
 from fasttrace.errors import UsageError
 from fasttrace.plan.plan import Plan
+from fasttrace.plan.windows import Window
 from fasttrace.rows import Scorer, decode_in_parts
 from fasttrace.types import Probe
 
@@ -50,11 +51,20 @@ def part_of(reading: Reading, coordinate: int) -> Part:
 class Parts:
     """Exact effects of parts, for the pairs of one plan. Runs inside the caller's scope.
 
-    lanes: patched runs at a time. `runs` counts those that were made, clean and corrupt ones too.
+    lanes: patched runs at a time. window: calls in which parts are patched, None is all. `runs`
+    counts those that were made, clean and corrupt ones too.
     """
 
-    def __init__(self, model: Model, engine: FastEngine, plan: Plan, lanes: int = 16) -> None:
+    def __init__(
+        self,
+        model: Model,
+        engine: FastEngine,
+        plan: Plan,
+        lanes: int = 16,
+        window: Window | None = None,
+    ) -> None:
         self.model, self.plan, self.lanes, self.runs = model, plan, lanes, 0
+        self.window = window
         branch = str(plan.manifest["branch"])
         self.branches = ("cond", "uncond") if branch == "both" else (branch,)
         self._engine = engine
@@ -65,7 +75,7 @@ class Parts:
     ) -> dict[str, np.ndarray]:
         """By metric [len(groups)] float64, in its unit and turned: a run a group."""
         machine = self._ready(pair)
-        bases = [_base(group) for group in groups]
+        bases = [_base(group, self.window) for group in groups]
         marks = tuple(dict.fromkeys(mark for base in bases for mark in base.patched))
         found: list[dict[str, float]] = []
         for start in range(0, len(bases), self.lanes):
@@ -123,11 +133,16 @@ class Parts:
         return self._machine
 
 
-def _base(group: Sequence[Part]) -> Base:
+def _base(group: Sequence[Part], window: Window | None) -> Base:
     """A corrupt run that takes the group's parts whole."""
     channels: dict[str, tuple[int, ...]] = {}
     for part in group:
         channels[part.mark] = tuple(sorted({*channels.get(part.mark, ()), *part.channels}))
     if not channels:
         raise UsageError("A group of no parts patches nothing.")
-    return Base(patched=tuple(channels), strength=1.0, channels=tuple(channels.values()))
+    return Base(
+        patched=tuple(channels),
+        strength=1.0,
+        channels=tuple(channels.values()),
+        window=window,
+    )

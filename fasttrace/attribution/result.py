@@ -13,19 +13,21 @@ import numpy as np
 from fasttrace.attribution.readings import Reading
 from fasttrace.errors import StoreError, UsageError
 from fasttrace.plan.windows import Window, resolve_window
+from fasttrace.store.disk import write_atomic
 from fasttrace.types import Probe
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-VERSION = 1
+VERSION = 2
 ARRAYS, TABLE = "screen.safetensors", "screen.parquet"
 
 
 @dataclass(frozen=True)
 class ScreenedPair:
     """One (probe, seed). Scores in the metric's unit; total_effect is turned like all effects, so
-    that positive is towards the clean run. note: why its scores say nothing, else empty."""
+    that positive is towards the clean run. note: why it has nothing to restore or its scores say
+    nothing, else empty."""
 
     probe: Probe
     seed: int
@@ -46,7 +48,7 @@ class Ranked:
     axis: str
     coordinate: int
     effect: float
-    share: float | None
+    share: float
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Screen:
     scores: reading's key -> [pairs, branches, calls, size] in the metric's unit, turned; calls is 1
     for text-encoder sites, whose patch acts in all. A window's score is the sum over its calls.
     generations: what a pair cost, in denoiser FLOPs of one run without its decoding. windows: those
-    asked for. manifest: as of a plan.
+    asked for. one_window: scores are of patches in the one of `windows`, in its calls together, and
+    say nothing of other calls. manifest: as of a plan.
     """
 
     readings: tuple[Reading, ...]
@@ -71,11 +74,13 @@ class Screen:
     flops: int
     generations: float
     manifest: dict[str, Any] = field(repr=False)
+    one_window: bool = False
 
     def effects(self, reading: Reading | str, window: Any = None, branch: str | None = None) -> Any:
         """[pairs, size] float64 of a reading, or of a site's whole output by its name.
 
-        window: calls, or fractions; None is all calls. branch: None sums over those screened.
+        window: calls, or fractions; None is all calls, or the one that was screened where scores
+        are of that alone. branch: None sums over those screened.
         """
         key = self._reading(reading).key
         found = self.scores[key].astype(np.float64)
@@ -83,6 +88,8 @@ class Screen:
             if branch not in self.branches:
                 raise UsageError(f"The branch {branch!r} was not screened: {self.branches}.")
             found = found[:, [self.branches.index(branch)]]
+        if self.one_window:
+            window = self._one(window)
         start, stop = (0, self.calls) if window is None else resolve_window(window, self.calls)
         if found.shape[2] != self.calls:
             if (start, stop) != (0, self.calls):
@@ -95,23 +102,42 @@ class Screen:
     ) -> list[Ranked]:
         """Places by their mean over pairs that have something to restore, largest first.
 
-        axis: "all" (whole outputs), "head", "token", "channel", "neuron", "place". part: of those
-        "output", "key", "value" alone.
+        axis: "all" (whole outputs; "site" is the same), "head", "token", "channel", "neuron",
+        "place". part: of those "output", "key", "value" alone. Raises `UsageError` for what was not
+        screened, and where no pair has anything to restore.
         """
+        axis = "all" if axis == "site" else axis
         used = [i for i, pair in enumerate(self.pairs) if not pair.note]
-        total = float(np.mean([self.pairs[i].total_effect for i in used])) if used else 0.0
+        axes = list(dict.fromkeys(r.axis for r in self.readings))
+        if axis not in axes:
+            raise UsageError(f"Nothing was screened by {axis!r}; there is {', '.join(axes)}.")
+        if not used:
+            raise UsageError(self.nothing)
+        total = float(np.mean([self.pairs[i].total_effect for i in used]))
         found = []
         for r in self.readings:
             if r.axis != axis or (part is not None and r.part != part):
                 continue
             effects = self.effects(r, window)[used]
-            means = effects.mean(0) if used else np.zeros(r.size)
-            for i, effect in enumerate(means.tolist()):
-                share = effect / total if total else None
-                found.append(Ranked(r.site, r.kind, r.index, r.part, r.axis, i, effect, share))
+            for i, effect in enumerate(effects.mean(0).tolist()):
+                ranked = Ranked(
+                    r.site, r.kind, r.index, r.part, r.axis, i, effect, effect / total
+                )  # fmt: skip
+                found.append(ranked)
         if not found:
-            raise UsageError(f"Nothing was screened by {axis!r}.")
+            raise UsageError(f"Nothing was screened by {axis!r} of {part!r}.")
         return sorted(found, key=lambda r: (-r.effect, r.index, r.coordinate))
+
+    @property
+    def nothing(self) -> str:
+        """Why no pair can be ranked by; empty where one can."""
+        notes = list(dict.fromkeys(pair.note for pair in self.pairs))
+        if "" in notes:
+            return ""
+        return (
+            f"None of these pairs has anything to restore: {'; '.join(notes)}. Choose other "
+            "prompts, seeds or another metric."
+        )
 
     def completeness(self, axis: str | None = None) -> list[tuple[float, float]]:
         """Of every pair (sum of scores, clean - corrupt), equal for integrals over a full cut.
@@ -133,13 +159,14 @@ class Screen:
     def save(self, folder: str | Path) -> None:
         """`screen.safetensors` holds everything, `screen.parquet` the table for other tools."""
         import pyarrow.parquet as pq
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             arrays = {key: np.ascontiguousarray(value) for key, value in self.scores.items()}
-            save_file(arrays, folder / ARRAYS, {"screen": json.dumps(self._record())})
+            record = {"screen": json.dumps(self._record())}
+            write_atomic(folder / ARRAYS, save(arrays, record))
             pq.write_table(self.to_table(), folder / TABLE)
         except OSError as error:
             raise StoreError(f"The screen can't be written to {folder}: {error}.") from error
@@ -148,9 +175,11 @@ class Screen:
         asked = f"{self.calls} calls, {self.metric}, {self.estimator}"
         cost = f"{self.generations:.1f} generations a pair"
         lines = [f"{len(self.pairs)} pairs, {asked}: {cost}"]
+        if self.nothing:
+            return "\n".join([*lines, self.nothing])
         axes = list(dict.fromkeys(r.axis for r in self.readings))
         for ranked in self.ranking("all" if "all" in axes else axes[0])[:20]:
-            share = "" if ranked.share is None else f"{100 * ranked.share:7.1f} %"
+            share = f"{100 * ranked.share:7.1f} %"
             place = ranked.site if ranked.axis == "all" else f"{ranked.site} {ranked.coordinate}"
             lines.append(f"{ranked.effect:+12.5g} {share}  {ranked.kind:<8} {place}")
         return "\n".join(lines)
@@ -187,6 +216,15 @@ class Screen:
                                 "note": pair.note,
                             }
 
+    def _one(self, window: Any) -> Window:
+        [own] = self.windows
+        if window is not None and resolve_window(window, self.calls) != own:
+            raise UsageError(
+                f"{self.estimator} screened patches in calls {own[0]} to {own[1] - 1} together, "
+                "and says nothing of other windows."
+            )
+        return own
+
     def _reading(self, asked: Reading | str) -> Reading:
         if isinstance(asked, Reading):
             return asked
@@ -204,6 +242,7 @@ class Screen:
         return own | {
             "version": VERSION,
             "generations": self.generations,
+            "one_window": self.one_window,
             "readings": [asdict(r) for r in self.readings],
             "pairs": [asdict(p) for p in self.pairs],
             "manifest": self.manifest,
@@ -232,6 +271,7 @@ def load_screen(folder: str | Path) -> Screen:
             windows=tuple((a, b) for a, b in given["windows"]),
             **{n: given[n] for n in ("estimator", "horizon", "metric", "flops", "generations")},
             manifest=given["manifest"],
+            one_window=given["one_window"],
         )
     except StoreError:
         raise

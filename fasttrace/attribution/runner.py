@@ -36,7 +36,8 @@ class Runner:
         self, names: Sequence[PairName], groups: Sequence[Sequence[Part]]
     ) -> tuple[np.ndarray, int]:
         tracer, plan = self.tracer, self.plan
-        parts = Parts(tracer.model, tracer.fast_engine, plan)
+        window = plan.rows[0].lane.patches[0].selector.window  # the one that all rows have
+        parts = Parts(tracer.model, tracer.fast_engine, plan, window=window)
         found = np.zeros((len(names), len(groups)))
         for i, (number, seed) in enumerate(names):
             probe = plan.probes[number]

@@ -90,7 +90,7 @@ class Scores:
             by_mark.setdefault(reading.mark, []).append(reading)
         for b, branch in enumerate(question.branches):
             for mark, readings in by_mark.items():
-                rows, weights = self._counting(mark)
+                rows, weights = self._counting(mark, call)
                 if mark not in found or not len(rows):
                     continue
                 clean = self._of_run(CLEAN, branch, mark, given, beside)
@@ -144,7 +144,7 @@ class Scores:
         clean, corrupt = (
             given[self._index([texts.slot(p, run) for p in pairs])] for run in (CLEAN, CORRUPT)
         )
-        rows, weights = self._counting(reading.mark)
+        rows, weights = self._counting(reading.mark, call)
         product = (clean - corrupt).index_select(0, self.pair_of) * gradient
         self._add(reading, branch, call, rows, weights, reading.reduce(product))
         weighted = gradient * weights.reshape(-1, *(1,) * (gradient.dim() - 1))
@@ -156,12 +156,12 @@ class Scores:
         target = self.found.scores[reading.key][:, branch, call]
         target.index_add_(0, self.pair_of[rows], new.to(self.wide) * weights[:, None])
 
-    def _counting(self, place: str) -> tuple[Tensor, Tensor]:
-        """Rows that count for a place, and their weights."""
+    def _counting(self, place: str, call: int) -> tuple[Tensor, Tensor]:
+        """Rows that count for a place in a call, and their weights."""
         rows = [
             (i, base.weight)
             for i, (_, base) in enumerate(self.layout.rows)
-            if base.counts is None or place in base.counts
+            if base.acts(call) and (base.counts is None or place in base.counts)
         ]
         weights = torch.tensor([w for _, w in rows], dtype=self.wide, device=self.device)
         return self._index([i for i, _ in rows]), weights

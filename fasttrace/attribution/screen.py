@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fasttrace.adapters.pipeline import Model
 from fasttrace.adapters.scope import pipeline_modules
+from fasttrace.adapters.unet import kind_of
 from fasttrace.attribution.backward import Backward
 from fasttrace.attribution.encoder import encoder_scores
 from fasttrace.attribution.estimators import Base, Estimator
@@ -31,6 +32,7 @@ from fasttrace.plan.plan import Plan
 from fasttrace.types import Probe, Site
 
 LANES = 4
+ADDS = ("attn1", "attn2", "ff")  # kinds whose output is added to the stream
 _NO_TEXT = ("timestep_cond", "added_cond_kwargs.time_ids")
 Progress = Callable[[int, int], None] | None
 
@@ -65,11 +67,22 @@ class Screener:
         if isinstance(self.lanes, bool) or not isinstance(self.lanes, int) or self.lanes < 1:
             raise UsageError(f"lanes is a whole number of at least 1, not {self.lanes!r}.")
         horizon = self.horizon
-        if horizon is not None and (not isinstance(horizon, int) or not horizon >= 1):
+        whole = isinstance(horizon, int) and not isinstance(horizon, bool)
+        if horizon is not None and not (whole and horizon >= 1):
             raise UsageError(f"A horizon is a number of calls of at least 1, not {horizon!r}.")
+        if not isinstance(self.by, str | Sequence) or not self.by:
+            raise UsageError(f"by names levels, 'site' or ['site', 'head'], not {self.by!r}.")
+        self.levels = [self.by] if isinstance(self.by, str) else list(self.by)
         branch = plan.manifest["branch"] if plan.component == "unet" else "cond"
         self.branches = ("cond", "uncond") if branch == "both" else (str(branch),)
+        check_scored(plan)
         self.sites = _sites(plan)
+        self.windows = _windows(plan)
+        if self.estimator.of_patches and len(self.windows) > 1:
+            raise UsageError(
+                f"The estimator '{self.estimator.name}' patches in one window, not in "
+                f"{len(self.windows)}; screen each by itself, or by plain, nudged or averaged."
+            )
         self.of_encoder = plan.component == "text_encoder"
         family = self.model.family
         if self.of_encoder and family.seeded:
@@ -98,7 +111,7 @@ class Screener:
         )
         self.readings = self._readings(pairs)
         question = self._question()
-        bases = self.estimator.bases(question.marks)
+        bases = self._bases(question)
         at_once = max(1, self.lanes // len(bases))
         for start in range(0, len(pairs.runs), at_once):
             group = slice(start, start + at_once)
@@ -113,7 +126,8 @@ class Screener:
             scores={key: np.concatenate(parts) for key, parts in self.found.items()},
             branches=self.branches,
             calls=schedule.calls,
-            windows=_windows(plan),
+            windows=self.windows,
+            one_window=self.estimator.of_patches,
             estimator=self.estimator.name,
             horizon=self.horizon,
             metric=plan.metrics[0].key,
@@ -121,6 +135,15 @@ class Screener:
             generations=flops / len(self.pairs) / generation if generation else float("nan"),
             manifest=plan.manifest,
         )
+
+    def _bases(self, question: Question) -> list[Base]:
+        marks = self.machine.denoiser.marks
+        modules = self.model.unet_modules().items()
+        added = [n for n, m in modules if n in marks and kind_of(n, m) in ADDS]
+        bases = self.estimator.bases(question.marks, added)
+        if self.estimator.of_patches:
+            bases = [replace(base, window=self.windows[0]) for base in bases]
+        return bases
 
     # ---- one group
 
@@ -141,9 +164,14 @@ class Screener:
             for key, value in found.text_gradients.items():
                 gradients[key] = gradients[key] + value if key in gradients else value
         turn = 1 if self.plan.metrics[0].higher_is_closer else -1
+        key = self.plan.metrics[0].key
         for i, ((probe, seed), target) in enumerate(zip(names, targets, strict=True)):
             total = turn * (target.clean - target.corrupt)
-            note = "" if bool(target.gradient.any()) else "the metric is flat at the corrupt run"
+            note = ""
+            if not bool(target.gradient.any()):
+                note = f"{key} is flat at the corrupt run, so it has no slope to go by"
+            elif not total > 0:
+                note = f"corrupting the subject doesn't lower the score ({key})"
             self.pairs.append(
                 ScreenedPair(
                     self.plan.probes[probe], seed, target.clean, target.corrupt, total, note
@@ -200,7 +228,7 @@ class Screener:
     # ---- what is asked
 
     def _readings(self, pairs: Pairs) -> tuple[Reading, ...]:
-        levels = [self.by] if isinstance(self.by, str) else list(self.by)
+        levels = self.levels
         self.texts: tuple[Reading, ...] = ()
         if self.of_encoder or TEXT in levels:
             self.texts = self._text_readings(pairs)
@@ -217,10 +245,10 @@ class Screener:
 
     def _text_readings(self, pairs: Pairs) -> tuple[Reading, ...]:
         """What the denoiser reads of a text and the corruption changes."""
-        if not self.estimator.of_text:
+        if self.estimator.of_patches:
             raise UsageError(
                 f"The estimator '{self.estimator.name}' patches places of the denoiser and says "
-                "nothing of texts; choose plain or averaged."
+                "nothing of texts; choose plain, nudged or averaged."
             )
         if "cond" not in self.branches:
             raise UsageError("Corruption never touches the unconditional text; screen cond.")
@@ -258,6 +286,18 @@ def pairs_of(
     first = {(row.probe, row.seed): row for row in reversed(plan.rows)}
     with inside():
         return Pairs(names, [encode(plan.probes[name[0]], [first[name]]) for name in names])
+
+
+def check_scored(plan: Plan) -> None:
+    """Raises `UsageError` for a plan of patches that a screen has no scores for."""
+    for row in plan.rows:
+        patches = row.lane.patches
+        clean = all(patch.source == "clean" and patch.strength == 1 for patch in patches)
+        if plan.base != "corrupt" or len(patches) != 1 or not clean:
+            raise UsageError(
+                "A screen scores what one place's clean activation, written whole, does in the "
+                "corrupt run; other sources, strengths and bases are traced without one."
+            )
 
 
 def _sites(plan: Plan) -> list[Site]:

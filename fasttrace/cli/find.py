@@ -10,23 +10,30 @@ from typing import Annotated, Any
 import typer
 
 from fasttrace.cli.options import (
+    CorruptionKind,
     Device,
     Dtype,
     Guidance,
     Json,
     Model,
+    NoiseScale,
+    NoiseSeed,
     Quiet,
+    Replacement,
+    Sigma,
     Sites,
     Steps,
     Variant,
     check_text,
     parse_components,
+    parse_corruption,
     parse_windows,
     parse_words,
 )
 from fasttrace.cli.profile import DTYPES, new_folder
 from fasttrace.cli.progress import progress
 from fasttrace.errors import UsageError
+from fasttrace.report.names import WHOLE_STREAM
 
 NAME = "find"
 STAGES = {"pairs": ("screening", "pairs"), "rows": ("patching", "rows")}
@@ -59,6 +66,14 @@ def command(
         float | None, typer.Option(help="Effects above it count; the last of the best tenth.")
     ] = None,
     groups: Annotated[int, typer.Option(help="So many winners are patched together.")] = 4,
+    always: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Kinds that are checked whatever their score, or none; resnet and others that "
+            "replace the whole stream.",
+            metavar="KIND",
+        ),
+    ] = None,
     inside: Annotated[int, typer.Option(help="So many heads and channels of each winner.")] = 2,
     draw: Annotated[int, typer.Option(help="The seed of the audit's draw.")] = 0,
     window: Annotated[
@@ -71,6 +86,11 @@ def command(
     steps: Steps = None,
     guidance: Guidance = None,
     negative_prompt: Annotated[str, typer.Option(help="Used where a probe has none.")] = "",
+    corruption: CorruptionKind = "embedding_noise",
+    sigma: Sigma = None,
+    noise_scale: NoiseScale = 3.0,
+    replacement: Replacement = None,
+    noise_seed: NoiseSeed = 0,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     variant: Variant = None,
@@ -104,8 +124,11 @@ def command(
 
     # Refused before a model is loaded.
     parse_estimator(estimator)
-    Asked(top=top, audit=audit, threshold=threshold, groups=groups, inside=inside, seed=draw)
+    kinds = parse_words(always or list(WHOLE_STREAM), "--always")
+    kinds = [] if kinds == ["none"] else kinds
+    Asked(top, audit, threshold, tuple(kinds), groups, inside, draw)
     wanted = read(prompt, subject, occurrence, attribute, negative_prompt, probes, seeds)
+    damage = parse_corruption(corruption, noise_scale, sigma, replacement, noise_seed)
     options: dict[str, Any] = {"steps": steps, "guidance": guidance, "window": windows}
     if not of_text:
         options["branch"] = branch
@@ -119,12 +142,14 @@ def command(
             top=top,
             audit=audit,
             threshold=threshold,
+            always=kinds,
             groups=groups,
             inside=inside,
             draw=draw,
             component=components[0],
             sites=parse_words(sites or ["paper"], "--sites"),
             metric=metric.strip(),
+            corruption=damage,
             on_progress=_Stages(stack, quiet),
             **{name: value for name, value in options.items() if value is not None},
         )

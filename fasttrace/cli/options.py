@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fasttrace.errors import UsageError
+from fasttrace.types import Corruption
 
 if TYPE_CHECKING:
     from fasttrace.store import Shard
@@ -65,6 +66,12 @@ Variant = Annotated[
         "--variant", help="Weight files by the word in their names: fp16.", metavar="WORD"
     ),
 ]
+CORRUPTIONS = ("embedding_noise", "output_noise", "replace")
+CorruptionKind = Annotated[str, typer.Option("--corruption", help=", ".join(CORRUPTIONS))]
+Sigma = Annotated[float | None, typer.Option(help="Absolute noise.")]
+NoiseScale = Annotated[float, typer.Option(help="Noise in standard deviations.")]
+Replacement = Annotated[str | None, typer.Option(help="Words for 'replace'.")]
+NoiseSeed = Annotated[int, typer.Option(help="Fixes the noise.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 
 COMPONENTS = ("unet", "text_encoder")
@@ -145,6 +152,21 @@ def parse_words(texts: Sequence[str], option: str) -> list[str]:
 def parse_tokens(texts: Sequence[str]) -> list[str | int]:
     """Token groups by name, positions as numbers."""
     return [int(word) if word.isdecimal() else word for word in parse_words(texts, "--tokens")]
+
+
+def parse_corruption(
+    kind: str, scale: float, sigma: float | None, replacement: str | None, seed: int
+) -> Corruption:
+    """Raises `UsageError` for an unknown kind; the rest is checked by the plan."""
+    if kind not in CORRUPTIONS:
+        raise UsageError(f"--corruption {kind!r} is unknown: expected {', '.join(CORRUPTIONS)}.")
+    return Corruption(
+        kind=kind,  # type: ignore[arg-type]  # checked above
+        scale=scale,
+        sigma=sigma,
+        replacement=replacement,
+        seed=seed,
+    )
 
 
 def parse_components(texts: Sequence[str], listed: Sequence[str] = ()) -> list[str]:

@@ -10,16 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fasttrace.cli.options import (
+    CorruptionKind,
     Device,
     Dtype,
     Guidance,
     Json,
     Model,
+    NoiseScale,
+    NoiseSeed,
     Quiet,
+    Replacement,
+    Sigma,
     Sites,
     Steps,
     check_text,
     parse_components,
+    parse_corruption,
     parse_windows,
     parse_words,
 )
@@ -73,6 +79,11 @@ def command(
     steps: Steps = None,
     guidance: Guidance = None,
     negative_prompt: Annotated[str, typer.Option(help="Used where a probe has none.")] = "",
+    corruption: CorruptionKind = "embedding_noise",
+    sigma: Sigma = None,
+    noise_scale: NoiseScale = 3.0,
+    replacement: Replacement = None,
+    noise_seed: NoiseSeed = 0,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     lanes: Annotated[
@@ -109,6 +120,7 @@ def command(
 
     parse_estimator(estimator)  # refused before a model is loaded
     wanted = read(prompt, subject, occurrence, attribute, negative_prompt, probes, seeds)
+    damage = parse_corruption(corruption, noise_scale, sigma, replacement, noise_seed)
     options: dict[str, Any] = {"steps": steps, "guidance": guidance, "window": windows}
     if not of_text:
         options["branch"] = branch
@@ -126,6 +138,7 @@ def command(
                 component=components[0],
                 sites=parse_words(sites or ["paper"], "--sites"),
                 metric=metric.strip(),
+                corruption=damage,
                 on_progress=_advances(advance),
                 **{name: value for name, value in options.items() if value is not None},
             )
@@ -134,6 +147,8 @@ def command(
     if as_json:
         print(json.dumps(_as_data(found, tracer.name, top, out)))
         return
+    if found.nothing:
+        raise UsageError(found.nothing)
     _print(found, tracer, top)
     if not quiet and out is None:
         print("Every number, for other tools: --out DIR")
@@ -183,8 +198,9 @@ def _as_data(found: Screen, model: str, top: int, out: Path | None) -> dict[str,
                 "places": len(places),
                 "top": [asdict(ranked) for ranked in places[:top]],
             }
-            for axis, part, window, places in _rankings(found)
+            for axis, part, window, places in ([] if found.nothing else _rankings(found))
         ],
+        "nothing": found.nothing,
         "out": None if out is None else str(out),
     }
 
@@ -222,7 +238,7 @@ def _print(found: Screen, tracer: Tracer, top: int) -> None:
         for name in ("kind", "effect", "of total"):
             table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
         for ranked in places[:top]:
-            share = "" if ranked.share is None else f"{100 * ranked.share:.1f} %"
+            share = f"{100 * ranked.share:.1f} %"
             where = [] if axis == "all" else [_coordinate(tracer, ranked, prompt)]
             table.add_row(Text(ranked.site), *where, ranked.kind, f"{ranked.effect:+.4g}", share)
         console.print(table)

@@ -12,14 +12,20 @@ from fasttrace.cli.options import (
     CacheSize,
     Clean,
     Components,
+    CorruptionKind,
     Json,
     Lanes,
+    NoiseScale,
+    NoiseSeed,
     Out,
     Quiet,
+    Replacement,
+    Sigma,
     Sites,
     Variant,
     check_text,
     parse_components,
+    parse_corruption,
     parse_engine,
     parse_seeds,
     parse_shard,
@@ -28,10 +34,9 @@ from fasttrace.cli.options import (
     parse_words,
 )
 from fasttrace.errors import UsageError
-from fasttrace.types import Corruption, Probe
+from fasttrace.types import Probe
 
 NAME = "trace"
-CORRUPTIONS = ("embedding_noise", "output_noise", "replace")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -61,11 +66,11 @@ def command(
     negative_prompt: Annotated[str, typer.Option(help="Used where a probe has none.")] = "",
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    corruption: Annotated[str, typer.Option(help=", ".join(CORRUPTIONS))] = "embedding_noise",
-    sigma: Annotated[float | None, typer.Option(help="Absolute noise.")] = None,
-    noise_scale: Annotated[float, typer.Option(help="Noise in standard deviations.")] = 3.0,
-    replacement: Annotated[str | None, typer.Option(help="Words for 'replace'.")] = None,
-    noise_seed: Annotated[int, typer.Option(help="Fixes the noise.")] = 0,
+    corruption: CorruptionKind = "embedding_noise",
+    sigma: Sigma = None,
+    noise_scale: NoiseScale = 3.0,
+    replacement: Replacement = None,
+    noise_seed: NoiseSeed = 0,
     branch: Annotated[str, typer.Option(help="cond, uncond or both.")] = "cond",
     window: Annotated[
         list[str] | None,
@@ -103,10 +108,6 @@ def command(
     """
     from fasttrace.cli.sweep import Request, run
 
-    if corruption not in CORRUPTIONS:
-        raise UsageError(
-            f"--corruption {corruption!r} is unknown: expected {', '.join(CORRUPTIONS)}."
-        )
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype!r} is unknown: expected {', '.join(DTYPES)}.")
     request = Request(
@@ -115,13 +116,7 @@ def command(
         out=out,
         command=str(context.obj),
         components=parse_components(component or ["unet"]),
-        corruption=Corruption(
-            kind=corruption,  # type: ignore[arg-type]  # checked above
-            scale=noise_scale,
-            sigma=sigma,
-            replacement=replacement,
-            seed=noise_seed,
-        ),
+        corruption=parse_corruption(corruption, noise_scale, sigma, replacement, noise_seed),
         sites=parse_words(sites or ["paper"], "--sites"),
         tokens=parse_tokens(tokens or []),
         windows=parse_windows(window or []),

@@ -129,6 +129,20 @@ def test_inside(found):
     assert found.cost.inside > 0
 
 
+def test_inside_in_a_window(tracer):
+    """All of a site's channels are the site, in the window that was asked for."""
+    site = next(s for s in tracer.sites() if s.kind == "attn2")
+    asked = {**ASKED, "window": (0, 1), "always": "attn2"}
+    found = tracer.find(PROBES, threshold=-9.0, groups=9, inside=10_000, audit=0, **asked)
+    [place] = [p for p in found.places if p.site == site.name]
+    parts = [p for p in found.finer if (p.site, p.axis) == (site.name, "channel")]
+    together = max(parts, key=lambda p: len(p.coordinates))
+    assert len(together.coordinates) == site.shape[-1] == len(parts) - 1
+    assert together.exact == pytest.approx(place.exact, rel=1e-3, abs=1e-6)
+    [row] = [r for r in found.rows if (r.site, r.prompt, r.seed) == (site.name, "a big house", 0)]
+    assert (row.window_start, row.window_stop) == (0, 1)
+
+
 def test_a_screen_that_ranks_backwards_is_found_out(tracer, plan):
     """The worst places are verified; what is missed is in the rest, and the bound says so."""
     screen = tracer.screen(PROBES, **ASKED)
@@ -217,10 +231,12 @@ def test_the_page_escapes(found, tmp_path):
         ("audit is a whole number", {"audit": -1}),
         ("inside is a whole number", {"inside": True}),
         ("not a finite number", {"threshold": float("nan")}),
+        ("not a finite number", {"threshold": "a"}),
+        ("'attn7' is none; this plan has attn1", {"always": "attn7"}),
         ("seed of the draw", {"draw": 0.5}),
         ("one metric, not 2", {"metric": ["latent_recovery", "latent_distance"]}),
         ("one window of calls at a time", {"window": [(0, 1), (1, 2)]}),
-        ("other sources and bases", {"source": "zero"}),
+        ("other sources, strengths and bases", {"source": "zero"}),
         ("nothing has to be found", {"sites": "unet.mid_block.resnets.0"}),
         ("nothing to restore|anything to restore", {"metric": "flat"}),
     ],

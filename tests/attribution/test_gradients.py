@@ -12,6 +12,7 @@ from fasttrace import Metric, Probe, Tracer
 from fasttrace.adapters.scope import scope
 from fasttrace.engine.base import CLEAN, CORRUPT
 from fasttrace.engine.reference import ReferenceEngine
+from fasttrace.errors import UsageError
 from fasttrace.testing import runs_of, tiny_pipeline
 from fasttrace.testing.tiny import make_scheduler
 from fasttrace.types import Lane, Patch, Selector
@@ -205,6 +206,72 @@ def test_integrated_strength_is_the_exact_effect():
     for site, score in zip(sites, scores, strict=True):
         found = float(screen.effects(site.name)[0, 0])
         assert found == pytest.approx(score - base, rel=1e-4, abs=1e-7), site.name
+
+
+@pytest.mark.parametrize("window", [(0, 1), (1, 3)])
+def test_integrated_strength_in_a_window(window):
+    """Patches act in the window alone, and other windows are not answered for."""
+    tracer = tracer_of("sd")
+    sites = some_sites(tracer)[::2]
+    screen = tracer.screen(
+        PROBE,
+        steps=2,
+        metric=METRIC,
+        sites=[s.name for s in sites],
+        estimator="integrated:8",
+        window=window,
+    )
+    exact = Exact(tracer, steps=2)
+    selector = Selector(window=window)
+    scores = exact.scores([Lane((Patch(site, selector),)) for site in sites])
+    whole = exact.scores([Lane((Patch(site),)) for site in sites])
+    differs = False
+    for site, score, other in zip(sites, scores, whole, strict=True):
+        effect = score - screen.pairs[0].corrupt_score
+        differs |= abs(score - other) > 1e-4 * abs(effect)
+        found = float(screen.effects(site.name)[0, 0])
+        assert found == float(screen.effects(site.name, window)[0, 0])
+        assert found == pytest.approx(effect, rel=1e-4, abs=1e-7), site.name
+    assert differs, "the window must matter"
+    for other in ((0, 3), (2, 3)):
+        with pytest.raises(UsageError, match="says nothing of other windows"):
+            screen.effects(sites[0].name, other)
+
+
+@pytest.mark.parametrize("family", ["sd", "sd21", "sdxl"])
+def test_nudged_slopes(family):
+    """Half the slope at the corrupt run, half that where all that adds is patched a little."""
+    tracer = tracer_of(family)
+    added = [site for site in tracer.sites() if site.kind in ("attn1", "attn2", "ff")]
+    sites = some_sites(tracer)
+    screen = tracer.screen(
+        PROBE, steps=2, metric=METRIC, sites=[s.name for s in sites], estimator="nudged:0.3"
+    )
+    exact = Exact(tracer, steps=2)
+
+    def at(site: Any, step: float) -> Lane:
+        rest = tuple(Patch(other, strength=0.3) for other in added if other != site)
+        return Lane((*rest, Patch(site, strength=step + 0.3 * (site in added))))
+
+    for site in sites:
+        above, below = exact.scores([at(site, s) for s in (STEP, -STEP)])
+        nudged = (above - below) / (2 * STEP)
+        plain = exact.slope(site, Selector())
+        assert abs(nudged - plain) > 1e-4 * abs(plain)
+        found = float(screen.effects(site.name)[0, 0])
+        torch.testing.assert_close(
+            found, (nudged + plain) / 2, **close(screen.pairs[0].corrupt_score), msg=site.name
+        )
+
+
+def test_a_nudge_is_of_the_whole_model():
+    """A site's score doesn't hang on which others are asked for."""
+    tracer = tracer_of("sd")
+    asked = {"steps": 2, "metric": METRIC, "estimator": "nudged"}
+    every = tracer.screen(PROBE, **asked)
+    site = tracer.sites()[5]
+    alone = tracer.screen(PROBE, sites=site.name, by=("site", "channel"), **asked)
+    assert alone.effects(site.name)[0, 0] == pytest.approx(every.effects(site.name)[0, 0])
 
 
 def test_a_horizon_holds_later_predictions():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fasttrace import Metric, Probe, Tracer
+from fasttrace import Metric, Probe, Source, Tracer
 from fasttrace.attribution.target import target_of
 from fasttrace.errors import ModelError, UsageError
 from fasttrace.metrics.attribute import AttributeScorer
@@ -132,6 +133,18 @@ def test_scores_that_are_no_numbers_are_refused(tracer):
         ("Unknown rule", {"estimator": "averaged:3:odd"}),
         ("horizon", {"horizon": 0}),
         ("horizon", {"horizon": 1.5}),
+        ("horizon", {"horizon": True}),
+        ("by names levels", {"by": 3}),
+        ("by names levels", {"by": []}),
+        ("Unknown estimator None", {"estimator": None}),
+        ("Unknown estimator", {"estimator": "integrated:1.5"}),
+        ("strength is above 0", {"estimator": "nudged:0"}),
+        ("strength is above 0", {"estimator": "nudged:nan"}),
+        ("in one window, not in 2", {"estimator": "joint", "steps": 2, "window": [(0, 1), (1, 2)]}),
+        ("other sources, strengths and bases", {"source": "zero"}),
+        ("other sources, strengths and bases", {"source": ["clean", "mean"]}),
+        ("other sources, strengths and bases", {"source": Source("clean", strength=0.5)}),
+        ("other sources, strengths and bases", {"source": "zero", "base": "clean"}),
         ("lanes", {"lanes": 0}),
         ("has scores by head", {"by": "head", "sites": "ff"}),
         ("says\\s+nothing of texts", {"by": "text", "estimator": "integrated:2"}),
@@ -141,7 +154,7 @@ def test_scores_that_are_no_numbers_are_refused(tracer):
 )
 def test_wrong_calls_are_refused_in_a_sentence(tracer, words, asked):
     with pytest.raises(UsageError, match=words) as error:
-        tracer.screen(PROBE, steps=1, **{"metric": "latent_recovery", **asked})
+        tracer.screen(PROBE, **{"steps": 1, "metric": "latent_recovery", **asked})
     assert str(error.value).endswith(".")
 
 
@@ -156,8 +169,32 @@ def test_a_flat_metric_is_noted():
     tracer = Tracer(tiny_pipeline("sd"))
     flat = Metric("flat", "flat", lambda x, _: (x * 0).flatten(1).sum(1), needs="latent")
     screen = tracer.screen(PROBE, steps=1, metric=flat)
-    assert screen.pairs[0].note == "the metric is flat at the corrupt run"
-    assert all(r.effect == 0 and r.share is None for r in screen.ranking())
+    assert "flat is flat at the corrupt run" in screen.pairs[0].note
+    with pytest.raises(UsageError, match="None of these pairs has anything to restore"):
+        screen.ranking()
+    assert "Choose other prompts" in str(screen)
+
+
+def test_pairs_with_nothing_to_restore_take_no_part(tracer):
+    """A metric and its negative: pairs that count for one don't for the other."""
+
+    def metric(sign: float) -> Metric:
+        weights = torch.randn(256, generator=torch.Generator().manual_seed(0))
+        score = lambda x, _: sign * (x.flatten(1) * weights).sum(1)  # noqa: E731
+        return Metric(f"sum{sign}", "sum", score, needs="latent")
+
+    screens = [tracer.screen(PROBE, seeds=6, steps=1, metric=metric(s)) for s in (1.0, -1.0)]
+    for screen in screens:
+        for pair in screen.pairs:
+            assert bool(pair.note) == (pair.total_effect <= 0)
+        counts = [not p.note for p in screen.pairs]
+        assert 0 < sum(counts) < 6
+        best = screen.ranking("site")[0]
+        own = screen.effects(best.site)[counts].mean()
+        total = np.mean([p.total_effect for p in screen.pairs if not p.note])
+        assert (best.effect, best.share) == (pytest.approx(own), pytest.approx(own / total))
+    with pytest.raises(UsageError, match="by 'head'; there is all"):
+        screen.ranking("head")
 
 
 def test_the_model_is_left_as_it_was(tracer):

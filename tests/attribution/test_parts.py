@@ -36,8 +36,8 @@ class Asked:
         sites = list(dict.fromkeys(row.lane.patches[0].site for row in self.plan.rows))
         self.readings = {r.key: r for r in readings_of(marks, sites, ("site", *LEVELS))}
 
-    def exact(self, groups, lanes=16):
-        parts = Parts(self.model, self.tracer.engine, self.plan, lanes)
+    def exact(self, groups, lanes=16, window=None):
+        parts = Parts(self.model, self.tracer.engine, self.plan, lanes, window)
         with scope(self.model.pipe):
             [found] = parts.effects(PROBE, self.pair, groups).values()
         return found, parts.runs
@@ -58,7 +58,7 @@ def module_of(model, mark):
     return modules[mark], False
 
 
-def by_hooks(asked, group, branch):
+def by_hooks(asked, group, branch, window=(0, 99)):
     """The effect of one group with hooks on the modules, run after run."""
     model, pair = asked.model, asked.pair
     engine = ReferenceEngine(model)
@@ -86,6 +86,8 @@ def by_hooks(asked, group, branch):
         return value
 
     def write(part, value):
+        if not window[0] <= call[0] - 1 < window[1]:
+            return value
         new = value.clone()
         own = list(part.channels)
         axis = 1 if value.ndim == 4 else 2
@@ -120,6 +122,19 @@ def test_as_hooks_do_it(tiny, branch):
     assert np.abs(expected).min() > 0
     np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max(), rtol=2e-4)
     assert runs == 7 + 7 + 7  # 12 groups by fives, with clean and corrupt
+
+
+@pytest.mark.parametrize("window", [(0, 1), (1, 3), (3, 4)])
+def test_in_a_window(sd, window):
+    asked = Asked(sd)
+    assert asked.plan.calls == 4
+    groups = [[part] for axis in LEVELS for part in some(asked, axis)]
+    found, _ = asked.exact(groups, window=window)
+    expected = [by_hooks(asked, group, "cond", window) for group in groups]
+    atol = 2e-4 * np.abs(expected).max() + 4 * np.finfo(np.float32).eps  # of scores about 1
+    np.testing.assert_allclose(found, expected, atol=atol, rtol=2e-4)
+    whole, _ = asked.exact(groups)
+    assert np.abs(whole - found).max() > 1e-2 * np.abs(whole).max()
 
 
 def test_all_of_a_site_is_the_site(sd):

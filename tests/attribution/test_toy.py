@@ -75,7 +75,7 @@ def screen(steps, guidance=1.0, branches=("cond",), horizon=None, estimator=None
     )
     readings = readings_of(denoiser.marks, SITES, "site")
     question = Question(readings, estimator, branches, horizon)
-    layout = Layout(model, pair.sampling, [pair], estimator.bases(question.marks))
+    layout = Layout(model, pair.sampling, [pair], estimator.bases(question.marks, ()))
     machine.set_texts(layout.given)
     patched = tuple(dict.fromkeys(mark for base in layout.bases for mark in base.patched))
     step = machine.step(len(layout.lanes), patched)

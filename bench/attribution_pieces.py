@@ -31,8 +31,8 @@ from fasttrace.attribution.parts import Part, part_of
 from fasttrace.attribution.readings import Reading, readings_of
 from fasttrace.engine.base import CLEAN
 
-TWO = ("plain", "averaged:3")
-OF_CHANNELS = ("plain", "averaged:3", "averaged:2:gauss")
+OF_ALL = ("plain", "nudged", "averaged:3")
+OF_CHANNELS = (*OF_ALL, "averaged:2:gauss")
 OTHER_METRICS = ("clip_score", "attribute")
 FEW = 3  # pairs an attribute whose channels are patched
 PROMPTS = 8  # an attribute, whose text encoder is
@@ -41,7 +41,10 @@ AGAIN = 40  # of the random ones, asked twice
 LANES = {"head": 28, "channel": 40}  # so that heads and channels fill their batches
 
 # Seconds a pair on one core, and of a call; only to share the work out evenly.
-SECONDS = {"plain": 1.2, "averaged:3": 2.9, "averaged:2:gauss": 2.5, "windows": 11.5, "lane": 0.2}
+SECONDS = {
+    "plain": 1.2, "nudged": 2.1, "averaged:3": 2.9, "averaged:2:gauss": 2.5, "windows": 11.5,
+    "lane": 0.2,
+}  # fmt: skip
 OF_A_CALL = 2.0
 SCREENED, EXACT = 8, 4  # pairs in a piece
 
@@ -196,12 +199,12 @@ def _screens(
 def _sites(asked: Asked) -> Iterator[Piece]:
     for metric in OTHER_METRICS:
         own = {a: [(p.probe, p.seed) for p in pairs] for a, pairs in asked.pairs(metric).items()}
-        for estimator in TWO:
+        for estimator in OF_ALL:
             yield from _screens(asked, metric, estimator, own)
 
 
 def _windows(asked: Asked) -> Iterator[Piece]:
-    for estimator in TWO:
+    for estimator in OF_ALL:
         yield from _screens(asked, METRIC, estimator, asked.named)
     for attribute, pairs in asked.named.items():
         for start in range(0, len(pairs), EXACT):
@@ -212,7 +215,7 @@ def _windows(asked: Asked) -> Iterator[Piece]:
 
 
 def _heads(asked: Asked) -> Iterator[Piece]:
-    for estimator in TWO:
+    for estimator in OF_ALL:
         phase = int(estimator != "plain")
         yield from _screens(asked, METRIC, estimator, asked.named, True, phase)
     lanes = len(asked.parts("head")) * (1 + 2 / LANES["head"])
@@ -226,9 +229,9 @@ def _heads(asked: Asked) -> Iterator[Piece]:
 def _channels(asked: Asked) -> Iterator[Piece]:
     few = {a: pairs[:FEW] for a, pairs in asked.named.items()}
     for estimator in OF_CHANNELS:
-        if estimator not in TWO:
+        if estimator not in OF_ALL:
             yield from _screens(asked, METRIC, estimator, few, True)
-    # Of `TWO` as for heads, whose pieces these are the first of.
+    # Of `OF_ALL` as for heads, whose pieces these are the first of.
     yield from (piece for piece in _heads(asked) if piece.name.startswith("screen"))
     lane = SECONDS["lane"] * (1 + 2 / LANES["channel"])
     for attribute, pairs in few.items():
@@ -250,7 +253,7 @@ def _text(asked: Asked) -> Iterator[Piece]:
         for i, pair in enumerate(pairs):
             name = f"text {attribute} {i}"
             yield Piece(name, 216 * SECONDS["lane"], partial(asked.text, pair))
-            for estimator in TWO:
+            for estimator in OF_ALL:
                 seconds = OF_A_CALL + SECONDS[estimator]
                 run = partial(asked.text_screen, estimator, pair)
                 yield Piece(f"{name} {estimator}", seconds, run)

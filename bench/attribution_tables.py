@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from attribution_exact import ALL, METRIC, ONE_CALL
-from attribution_pieces import AGAIN, OF_CHANNELS, OTHER_METRICS, TWO, Asked
+from attribution_pieces import AGAIN, OF_ALL, OF_CHANNELS, OTHER_METRICS, Asked
 from attribution_sites import GROUPS
 
 from fasttrace.report.uncertainty import rank_correlation
@@ -64,7 +64,7 @@ def sites(asked: Asked) -> Iterator[Line]:
     kinds = np.array([site.kind for site in asked.tracer.sites()])
     for metric in OTHER_METRICS:
         pairs = asked.pairs(metric)
-        for estimator in TWO:
+        for estimator in OF_ALL:
             both: dict[str, list[Compared]] = {}
             costs = []
             for attribute, own in pairs.items():
@@ -83,7 +83,7 @@ def sites(asked: Asked) -> Iterator[Line]:
 def windows(asked: Asked) -> Iterator[Line]:
     kinds = np.array([site.kind for site in asked.tracer.sites()])
     exact = {a: asked.windows(pairs) for a, pairs in asked.named.items()}
-    for estimator in TWO:
+    for estimator in OF_ALL:
         found = {a: asked.screens(METRIC, estimator, own) for a, own in asked.named.items()}
         costs = cost([s.generations for own in found.values() for s in own.values()])
         for w, window in enumerate(ONE_CALL):
@@ -106,7 +106,7 @@ def heads(asked: Asked) -> Iterator[Line]:
     kinds = np.array([kind for kind, _ in asked.parts("head")])
     total = len(kinds)
     count = max(1, round(TOP_SHARE * total))
-    for estimator in TWO:
+    for estimator in OF_ALL:
         found = {a: asked.screens(METRIC, estimator, own, True) for a, own in asked.named.items()}
         costs = cost([s.generations for own in found.values() for s in own.values()])
         both = {
@@ -176,7 +176,7 @@ def channels(asked: Asked) -> Iterator[Line]:
 
 
 def text(asked: Asked) -> Iterator[Line]:
-    for estimator in TWO:
+    for estimator in OF_ALL:
         rhos: dict[tuple[str, str], list[float]] = {}
         costs = []
         for attribute, pairs in asked.prompts.items():

@@ -34,8 +34,8 @@ from fasttrace.engine.base import CLEAN
 OF_ALL = ("plain", "nudged", "averaged:3")
 OF_CHANNELS = (*OF_ALL, "averaged:2:gauss")
 OTHER_METRICS = ("clip_score", "attribute")
-FEW = 3  # pairs an attribute whose channels are patched
-PROMPTS = 8  # an attribute, whose text encoder is
+FEW = 2  # pairs an attribute whose channels are patched
+PROMPTS = 4  # an attribute, whose text encoder is
 CHANNELS = 200  # at random, and as many screened highest
 AGAIN = 40  # of the random ones, asked twice
 LANES = {"head": 28, "channel": 40}  # so that heads and channels fill their batches

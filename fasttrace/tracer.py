@@ -33,6 +33,7 @@ from fasttrace.types import Metric, Probe, Row
 if TYPE_CHECKING:
     from fasttrace.attribution.estimators import Estimator
     from fasttrace.attribution.found import Found
+    from fasttrace.attribution.kept import Kept
     from fasttrace.attribution.result import Screen
     from fasttrace.engine.predict import Prediction
     from fasttrace.plan.request import PlanRequest
@@ -248,6 +249,7 @@ class Tracer(Planner):
         negative_prompt: str = "",
         attribute: str = "",
         occurrence: int = 0,
+        keep: str | Path | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         **rest: Any,
     ) -> Screen:
@@ -255,19 +257,25 @@ class Tracer(Planner):
 
         by: "site" (whole outputs), "head", "token" (a text token's key and value), "channel",
         "neuron" (of a feed-forward), "place", "text" (tokens of what the denoiser reads); several.
-        Text-encoder sites come by token. estimator: "plain"; "averaged:<points>[:<rule>]" over
-        prompts between corrupt and clean; "integrated:<points>" over the strength of each site's
-        own patch; "joint:<points>" over that of all sites together; the first two also with "+keys"
-        (swapped keys go through the softmax). metric: one that is differentiable. horizon: only so
-        many calls answer to a patch, later predictions are held. lanes: runs that gradients are
-        taken of at a time. on_progress is given (pairs done, pairs). `rest` are the arguments of
-        `plan`. Raises `UsageError` where the metric isn't differentiable, or the scheduler is no
-        weighted sum. A pair with nothing to restore has a `note` and takes no part in rankings.
+        Text-encoder sites come by token. estimator: "plain"; "nudged[:<strength>]", with a second
+        slope where all that adds to the stream is patched a little; "averaged:<points>[:<rule>]"
+        over prompts between corrupt and clean; "integrated:<points>" over the strength of each
+        site's own patch; "joint:<points>" over that of all sites together; the first three also
+        with "+keys" (swapped keys go through the softmax). metric: one that is differentiable.
+        horizon: only so many calls answer to a patch, later predictions are held. lanes: runs that
+        gradients are taken of at a time. keep: a folder where finished pairs are kept, so that the
+        same call goes on there after a kill. on_progress is given (pairs done, pairs). `rest` are
+        the arguments of `plan`. Raises `UsageError` where the metric isn't differentiable, or the
+        scheduler is no weighted sum. A pair with nothing to restore has a `note` and takes no part
+        in rankings.
         """
+        from fasttrace.attribution.kept import keeping
+
         _check_names(rest, self.screen, self.plan)
         probes = self._probes(prompt, subject, attribute, occurrence, negative_prompt)
         plan = self.plan(probes, metric=metric, **rest)
-        return self._screen(plan, by, estimator, horizon, lanes, on_progress)
+        with keeping(keep) as kept:
+            return self._screen(plan, by, estimator, horizon, lanes, kept, on_progress)
 
     def find(
         self,
@@ -287,6 +295,7 @@ class Tracer(Planner):
         negative_prompt: str = "",
         attribute: str = "",
         occurrence: int = 0,
+        keep: str | Path | None = None,
         on_progress: OnStage | None = None,
         **rest: Any,
     ) -> Found:
@@ -297,10 +306,12 @@ class Tracer(Planner):
         random with the seed `draw`. From the latter follows how many places above `threshold` (the
         metric's unit; None: the effect of the last of the best tenth) may have been missed, at 95 %
         confidence. The best `groups` places are patched together, and `inside` heads and channels
-        of each patched alone and together. lanes: as of `screen`. on_progress is given ("pairs" or
-        "rows", done, total). `rest` are the arguments of `plan`: one metric, one window.
+        of each patched alone and together. lanes: as of `screen`. keep: a folder where all that is
+        made is kept, so that the same call goes on there after a kill. on_progress is given
+        ("pairs" or "rows", done, total). `rest` are the arguments of `plan`: one metric and window.
         """
         from fasttrace.attribution.find import Asked, find
+        from fasttrace.attribution.kept import keeping
         from fasttrace.attribution.runner import Runner
 
         _check_names(rest, self.find, self.plan)
@@ -310,8 +321,10 @@ class Tracer(Planner):
         plan = self.plan(probes, metric=metric, **rest)
         asked.check(plan)
         told = None if on_progress is None else partial(on_progress, "pairs")
-        screen = self._screen(plan, asked.levels(plan), estimator, None, lanes, told)
-        return find(plan, screen, Runner(self, plan, on_progress), asked)
+        levels = asked.levels(plan)
+        with keeping(keep) as kept:
+            screen = self._screen(plan, levels, estimator, None, lanes, kept, told)
+            return find(plan, screen, Runner(self, plan, on_progress, kept), asked)
 
     def _screen(
         self,
@@ -320,6 +333,7 @@ class Tracer(Planner):
         estimator: str | Estimator,
         horizon: int | None,
         lanes: int | None,
+        kept: Kept | None,
         on_progress: Callable[[int, int], None] | None,
     ) -> Screen:
         from fasttrace.attribution.estimators import parse_estimator
@@ -333,6 +347,7 @@ class Tracer(Planner):
             by,
             horizon,
             LANES if lanes is None else lanes,
+            kept,
         )
         pairs = pairs_of(plan, lambda probe, rows: self._pair(plan, probe, rows), self._inside)
         with self._inside():

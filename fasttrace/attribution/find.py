@@ -130,7 +130,8 @@ def find(plan: Plan, screen: Screen, runner: Runner, asked: Asked) -> Found:
     ranked = {key: scores.mean(cell, scores.likely) for key, cell in cells.items()}
     why = choose(cells, ranked, asked)
     wanted = {row.key for key in why for row in cells[key].rows.values()}
-    rows = list(runner.rows(plan, wanted))
+    order = {row.key: i for i, row in enumerate(plan.rows)}
+    rows = sorted(runner.rows(plan, wanted), key=lambda row: order[row.key])
     least = default_minimum(rows)[rows[0].metric]
     used = {(prompt_key(r), r.seed) for r in rows if counts(r, least)}
     names = [n for n in scores.names if (scores.prompt(n), n[1]) in used]

@@ -159,14 +159,11 @@ class Screen:
     def save(self, folder: str | Path) -> None:
         """`screen.safetensors` holds everything, `screen.parquet` the table for other tools."""
         import pyarrow.parquet as pq
-        from safetensors.numpy import save
 
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            arrays = {key: np.ascontiguousarray(value) for key, value in self.scores.items()}
-            record = {"screen": json.dumps(self._record())}
-            write_atomic(folder / ARRAYS, save(arrays, record))
+            write_screen(folder / ARRAYS, self)
             pq.write_table(self.to_table(), folder / TABLE)
         except OSError as error:
             raise StoreError(f"The screen can't be written to {folder}: {error}.") from error
@@ -251,9 +248,20 @@ class Screen:
 
 def load_screen(folder: str | Path) -> Screen:
     """What `Screen.save` wrote. Raises `StoreError` where it is missing or damaged."""
+    return read_screen(Path(folder) / ARRAYS)
+
+
+def write_screen(file: Path, screen: Screen) -> None:
+    from safetensors.numpy import save
+
+    arrays = {key: np.ascontiguousarray(value) for key, value in screen.scores.items()}
+    write_atomic(file, save(arrays, {"screen": json.dumps(screen._record())}))
+
+
+def read_screen(file: Path) -> Screen:
+    """Raises `StoreError` where it is missing or damaged."""
     from safetensors import safe_open
 
-    file = Path(folder) / ARRAYS
     try:
         with safe_open(file, framework="np") as held:
             given = json.loads(held.metadata()["screen"])
@@ -282,9 +290,6 @@ def load_screen(folder: str | Path) -> Screen:
 def joined(parts: Sequence[Screen]) -> Screen:
     """Screens of other pairs, asked the same, as one."""
     first = parts[0]
-    asked = [(p.readings, p.calls, p.branches, p.metric, p.estimator) for p in parts]
-    if any(one != asked[0] for one in asked):
-        raise UsageError("These screens ask different things and can't be joined.")
     count = sum(len(p.pairs) for p in parts)
     return replace(
         first,

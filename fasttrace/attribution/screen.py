@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fasttrace.adapters.fingerprint import digest
 from fasttrace.adapters.pipeline import Model
 from fasttrace.adapters.scope import pipeline_modules
 from fasttrace.adapters.unet import kind_of
@@ -18,10 +19,11 @@ from fasttrace.attribution.backward import Backward
 from fasttrace.attribution.encoder import encoder_scores
 from fasttrace.attribution.estimators import Base, Estimator
 from fasttrace.attribution.forward import run_forward, schedule_of
+from fasttrace.attribution.kept import Kept
 from fasttrace.attribution.layout import Layout
 from fasttrace.attribution.machine import Machine
 from fasttrace.attribution.readings import TEXT, Reading, readings_of
-from fasttrace.attribution.result import Screen, ScreenedPair
+from fasttrace.attribution.result import VERSION, Screen, ScreenedPair, joined
 from fasttrace.attribution.scores import Question
 from fasttrace.attribution.target import Target, target_of
 from fasttrace.engine.base import CLEAN, CORRUPT, Pair
@@ -47,7 +49,10 @@ class Pairs:
 
 @dataclass
 class Screener:
-    """Screens one plan on a model. Everything runs inside the caller's scope."""
+    """Screens one plan on a model. Everything runs inside the caller's scope.
+
+    kept: groups of pairs that are in it are not screened again.
+    """
 
     model: Model
     engine: FastEngine
@@ -56,9 +61,10 @@ class Screener:
     by: str | Sequence[str] = "site"
     horizon: int | None = None
     lanes: int = LANES
-    pairs: list[ScreenedPair] = field(default_factory=list)
-    found: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    extra: int = 0  # FLOPs outside the denoiser
+    kept: Kept | None = None
+    pairs: list[ScreenedPair] = field(default_factory=list, init=False)  # of a group, as below
+    found: dict[str, list[np.ndarray]] = field(default_factory=dict, init=False)
+    extra: int = field(default=0, init=False)  # FLOPs outside the denoiser
 
     def __post_init__(self) -> None:
         plan = self.plan
@@ -99,7 +105,7 @@ class Screener:
         schedule = schedule_of(model, plan.sampling, first)
         denoiser = self.engine.denoiser(plan.sampling, first.texts[CLEAN])
         workshop = self.engine.workshop
-        self.machine = machine = Machine(
+        self.machine = Machine(
             denoiser,
             schedule,
             model.dtype,
@@ -113,28 +119,27 @@ class Screener:
         question = self._question()
         bases = self._bases(question)
         at_once = max(1, self.lanes // len(bases))
+        screens = []
         for start in range(0, len(pairs.runs), at_once):
             group = slice(start, start + at_once)
-            self._group(question, bases, pairs.names[group], pairs.runs[group])
+            names = pairs.names[group]
+            key = self._key(names)
+            found = None if self.kept is None else self.kept.screen(key)
+            if found is None:
+                found = self._group(question, bases, names, pairs.runs[group])
+                if self.kept is not None:
+                    self.kept.add_screen(key, found)
+            screens.append(found)
             if on_progress is not None:
-                on_progress(min(start + at_once, len(pairs.runs)), len(pairs.runs))
-        generation = schedule.calls * (1 + machine.guided) * denoiser.cost.whole
-        flops = machine.flops + self.extra
-        return Screen(
-            readings=self.readings,
-            pairs=tuple(self.pairs),
-            scores={key: np.concatenate(parts) for key, parts in self.found.items()},
-            branches=self.branches,
-            calls=schedule.calls,
-            windows=self.windows,
-            one_window=self.estimator.of_patches,
-            estimator=self.estimator.name,
-            horizon=self.horizon,
-            metric=plan.metrics[0].key,
-            flops=flops,
-            generations=flops / len(self.pairs) / generation if generation else float("nan"),
-            manifest=plan.manifest,
-        )
+                on_progress(start + len(names), len(pairs.runs))
+        return replace(joined(screens), manifest=self.plan.manifest)
+
+    def _key(self, names: Sequence[tuple[int, int]]) -> str:
+        """Of all that decides the scores of a group of pairs."""
+        own = set(names)
+        rows = [row.key for row in self.plan.rows if (row.probe, row.seed) in own]
+        asked = [self.estimator.name, self.horizon, [reading.key for reading in self.readings]]
+        return digest([VERSION, rows, *asked])
 
     def _bases(self, question: Question) -> list[Base]:
         marks = self.machine.denoiser.marks
@@ -153,7 +158,9 @@ class Screener:
         bases: Sequence[Base],
         names: Sequence[tuple[int, int]],
         runs: Sequence[Pair],
-    ) -> None:
+    ) -> Screen:
+        machine, plan = self.machine, self.plan
+        self.pairs, self.found, self.extra, before = [], {}, 0, machine.flops
         scores: dict[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
         for start in range(0, len(bases), self.lanes):
@@ -163,8 +170,8 @@ class Screener:
                 scores[key] = scores[key] + value if key in scores else value
             for key, value in found.text_gradients.items():
                 gradients[key] = gradients[key] + value if key in gradients else value
-        turn = 1 if self.plan.metrics[0].higher_is_closer else -1
-        key = self.plan.metrics[0].key
+        turn = 1 if plan.metrics[0].higher_is_closer else -1
+        key = plan.metrics[0].key
         for i, ((probe, seed), target) in enumerate(zip(names, targets, strict=True)):
             total = turn * (target.clean - target.corrupt)
             note = ""
@@ -173,16 +180,32 @@ class Screener:
             elif not total > 0:
                 note = f"corrupting the subject doesn't lower the score ({key})"
             self.pairs.append(
-                ScreenedPair(
-                    self.plan.probes[probe], seed, target.clean, target.corrupt, total, note
-                )
+                ScreenedPair(plan.probes[probe], seed, target.clean, target.corrupt, total, note)
             )
             if self.of_encoder:
                 mine = {name: value[i : i + 1] for name, value in gradients.items()}
-                self._encoder(self.plan.probes[probe], runs[i], mine)
+                self._encoder(plan.probes[probe], runs[i], mine)
         if not self.of_encoder:
             for reading in self.readings:
                 self.found.setdefault(reading.key, []).append(scores[reading.key].cpu().numpy())
+        calls = machine.schedule.calls
+        generation = calls * (1 + machine.guided) * machine.denoiser.cost.whole
+        flops = machine.flops - before + self.extra
+        return Screen(
+            readings=self.readings,
+            pairs=tuple(self.pairs),
+            scores={key: np.concatenate(parts) for key, parts in self.found.items()},
+            branches=self.branches,
+            calls=calls,
+            windows=self.windows,
+            one_window=self.estimator.of_patches,
+            estimator=self.estimator.name,
+            horizon=self.horizon,
+            metric=plan.metrics[0].key,
+            flops=flops,
+            generations=flops / len(self.pairs) / generation if generation else float("nan"),
+            manifest=plan.manifest,
+        )
 
     def _part(
         self,

@@ -30,8 +30,8 @@ from fasttrace.cli.options import (
     parse_windows,
     parse_words,
 )
-from fasttrace.cli.profile import DTYPES, new_folder
-from fasttrace.cli.progress import progress
+from fasttrace.cli.profile import DTYPES, UNFINISHED, new_folder
+from fasttrace.cli.progress import note, progress
 from fasttrace.errors import UsageError
 from fasttrace.report.names import WHOLE_STREAM
 
@@ -95,14 +95,18 @@ def command(
     device: Device = "cpu",
     variant: Variant = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A new folder for it all.", metavar="DIR")
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="A new folder for it all, or an unfinished one.", metavar="DIR"
+        ),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Rank every place by a screen, check the best exactly, and bound how many were missed.
 
-    docs/attribution.md says how to read it. `fasttrace trace` patches every place.
+    With --out, the same command goes on where it was stopped. docs/attribution.md says how to read
+    it. `fasttrace trace` patches every place.
     """
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype!r} is unknown: expected {', '.join(DTYPES)}.")
@@ -119,6 +123,7 @@ def command(
         raise UsageError("Places are found by one metric: give one --metric.")
     from fasttrace.attribution.estimators import parse_estimator
     from fasttrace.attribution.find import Asked
+    from fasttrace.attribution.kept import clear
     from fasttrace.cli.screen import load_tracer
     from fasttrace.cli.trace import read
 
@@ -133,7 +138,10 @@ def command(
     if not of_text:
         options["branch"] = branch
     page = None
-    with new_folder(out, "what is found "), ExitStack() as stack:
+    keep = None if out is None else out / UNFINISHED
+    with new_folder(out, "what is found ", UNFINISHED), ExitStack() as stack:
+        if keep is not None and keep.is_dir() and not quiet:
+            note(f"Going on with what is in {keep}: what it holds is not made again.")
         tracer = load_tracer(check_text("MODEL", model), dtype, device, variant)
         found = tracer.find(
             list(wanted),
@@ -150,11 +158,13 @@ def command(
             sites=parse_words(sites or ["paper"], "--sites"),
             metric=metric.strip(),
             corruption=damage,
+            keep=keep,
             on_progress=_Stages(stack, quiet),
             **{name: value for name, value in options.items() if value is not None},
         )
-        if out is not None:
+        if out is not None and keep is not None:
             page = found.save(out)
+            clear(keep)
     if as_json:
         print(json.dumps({"model": tracer.name, **found.record(), "page": page and str(page)}))
         return
@@ -168,12 +178,14 @@ class _Stages:
 
     def __init__(self, stack: ExitStack, quiet: bool) -> None:
         self.stack, self.quiet = stack, quiet
+        self.of: tuple[str, int] | None = None
         self.done = 0
         self.advance: Any = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if self.advance is None or done <= self.done:
+        if self.of != (stage, total) or done <= self.done:
             self.stack.close()
+            self.of = stage, total
             bar = progress(total, self.quiet, words=STAGES[stage])
             self.advance, self.done = self.stack.enter_context(bar), 0
         for _ in range(done - self.done):

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fasttrace.tracer import Tracer
 
 NAME = "profile"
+UNFINISHED = "unfinished"  # folder of a screen or find that was stopped, in --out
 DTYPES = ("float32", "float16", "bfloat16")
 MOST_SITES = 10_000
 
@@ -137,10 +138,13 @@ def command(
 
 
 @contextmanager
-def new_folder(path: Path | None, what: str = "the profile ") -> Iterator[None]:
+def new_folder(
+    path: Path | None, what: str = "the profile ", unfinished: str = ""
+) -> Iterator[None]:
     """Make it before the work that fills it, and take it away where that fails.
 
-    what: goes into it, for sentences about a disk.
+    what: goes into it, for sentences about a disk. unfinished: a folder in it that an earlier call
+    may have left there, to go on with.
 
     Raises `UsageError` where something is there already, `StoreError` where it can't be made.
     """
@@ -152,7 +156,7 @@ def new_folder(path: Path | None, what: str = "the profile ") -> Iterator[None]:
     writing = Writing(what, "nothing of it was kept")
     with disk_errors(path, writing):
         there = path.is_symlink() or path.exists()
-        if there and not (path.is_dir() and not any(path.iterdir())):
+        if there and not (path.is_dir() and {one.name for one in path.iterdir()} <= {unfinished}):
             raise UsageError(f"--out {path} exists already: give a new folder, or remove this one.")
     make_folder(path, writing)
     with disk_errors(path, writing), TemporaryFile(dir=path):

@@ -29,8 +29,8 @@ from fasttrace.cli.options import (
     parse_windows,
     parse_words,
 )
-from fasttrace.cli.profile import DTYPES, new_folder
-from fasttrace.cli.progress import progress
+from fasttrace.cli.profile import DTYPES, UNFINISHED, new_folder
+from fasttrace.cli.progress import note, progress
 from fasttrace.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def command(
         ),
     ] = None,
     estimator: Annotated[
-        str, typer.Option(help="plain, averaged:5, integrated:4, joint:8; with +keys.")
+        str, typer.Option(help="plain, nudged, averaged:3, integrated:4, joint:8; +keys.")
     ] = "plain",
     metric: Annotated[str, typer.Option(help="The score; it has to be differentiable.")] = (
         "latent_recovery"
@@ -90,7 +90,10 @@ def command(
         int | None, typer.Option(help="Runs that gradients are taken of at a time.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A new folder for it all.", metavar="DIR")
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="A new folder for it all, or an unfinished one.", metavar="DIR"
+        ),
     ] = None,
     top: Annotated[int, typer.Option(help="How many places of each level to list.")] = 20,
     quiet: Quiet = False,
@@ -116,6 +119,7 @@ def command(
     if len(parse_words([metric], "--metric")) != 1:
         raise UsageError("A screen has one metric: give one --metric.")
     from fasttrace.attribution.estimators import parse_estimator
+    from fasttrace.attribution.kept import clear
     from fasttrace.cli.trace import read
 
     parse_estimator(estimator)  # refused before a model is loaded
@@ -124,7 +128,10 @@ def command(
     options: dict[str, Any] = {"steps": steps, "guidance": guidance, "window": windows}
     if not of_text:
         options["branch"] = branch
-    with new_folder(out, "the screen "):
+    keep = None if out is None else out / UNFINISHED
+    with new_folder(out, "the screen ", UNFINISHED):
+        if keep is not None and keep.is_dir() and not quiet:
+            note(f"Going on with what is in {keep}: what it holds is not made again.")
         tracer = load_tracer(check_text("MODEL", model), dtype, device)
         pairs = sum(len(own) for own in wanted.values())
         with progress(pairs, quiet, words=("screening", "pairs")) as advance:
@@ -139,11 +146,13 @@ def command(
                 sites=parse_words(sites or ["paper"], "--sites"),
                 metric=metric.strip(),
                 corruption=damage,
+                keep=keep,
                 on_progress=_advances(advance),
                 **{name: value for name, value in options.items() if value is not None},
             )
-        if out is not None:
+        if out is not None and keep is not None:
             found.save(out)
+            clear(keep)
     if as_json:
         print(json.dumps(_as_data(found, tracer.name, top, out)))
         return

@@ -208,9 +208,9 @@ def test_integrated_strength_is_the_exact_effect():
         assert found == pytest.approx(score - base, rel=1e-4, abs=1e-7), site.name
 
 
-@pytest.mark.parametrize("window", [(0, 1), (1, 3)])
-def test_integrated_strength_in_a_window(window):
+def test_integrated_strength_in_a_window():
     """Patches act in the window alone, and other windows are not answered for."""
+    window = 1, 3
     tracer = tracer_of("sd")
     sites = some_sites(tracer)[::2]
     screen = tracer.screen(
@@ -233,7 +233,7 @@ def test_integrated_strength_in_a_window(window):
         assert found == float(screen.effects(site.name, window)[0, 0])
         assert found == pytest.approx(effect, rel=1e-4, abs=1e-7), site.name
     assert differs, "the window must matter"
-    for other in ((0, 3), (2, 3)):
+    for other in ((0, 3), (1, 2)):
         with pytest.raises(UsageError, match="says nothing of other windows"):
             screen.effects(sites[0].name, other)
 
@@ -243,7 +243,7 @@ def test_nudged_slopes(family):
     """Half the slope at the corrupt run, half that where all that adds is patched a little."""
     tracer = tracer_of(family)
     added = [site for site in tracer.sites() if site.kind in ("attn1", "attn2", "ff")]
-    sites = some_sites(tracer)
+    sites = some_sites(tracer)[::3]
     screen = tracer.screen(
         PROBE, steps=2, metric=METRIC, sites=[s.name for s in sites], estimator="nudged:0.3"
     )

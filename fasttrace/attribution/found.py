@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fasttrace.attribution.audit import Audit
 from fasttrace.attribution.result import Screen, load_screen
 from fasttrace.errors import StoreError
-from fasttrace.report.names import words
+from fasttrace.report.names import WHOLE_STREAM, words
 from fasttrace.report.screened import write_found_page
 from fasttrace.report.uncertainty import rank_correlation
 from fasttrace.store.disk import write_atomic
@@ -199,6 +199,16 @@ class Found:
             lines.append(
                 f"Of the places above the threshold about {100 * self.recall:.0f} % were selected, "
                 f"at least {100 * self.least_recall:.0f} % at the audit's bound."
+            )
+        streams = [p.name for p in self.winners if p.kind in WHOLE_STREAM]
+        if streams:
+            shown = ", ".join(streams[:3]) + (
+                f" and {len(streams) - 3} more" if streams[3:] else ""
+            )
+            lines.append(
+                f"Of the best places, {shown} put out the whole stream, with all that earlier "
+                "parts put into it: restoring that can bring the clean run back whatever the part "
+                "itself holds."
             )
         lines.append(
             f"Cost: {cost.total:.0f} generations ({cost.screen:.0f} for the screen, {cost.exact} "

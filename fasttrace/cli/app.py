@@ -10,6 +10,7 @@ import io
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -32,8 +33,11 @@ from fasttrace.cli import (
     trace,
 )
 from fasttrace.errors import FasttraceError, UsageError
+from fasttrace.plugins import PluginWarning
 
 DONE, FAILED, WRONG_CALL, STOPPED = 0, 1, 2, 130
+
+_format = warnings.formatwarning
 
 app = typer.Typer(
     name="fasttrace",
@@ -83,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code. `arguments` are the process's own where not given."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = os.environ.get("FASTTRACE_DEBUG", "") not in ("", "0")
+    warnings.filterwarnings("once", category=PluginWarning)
+    warnings.formatwarning = _warning
     command = typer.main.get_command(app)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A prompt may hold characters that this terminal or pipe has no encoding for.
@@ -116,6 +122,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == STOPPED:  # the parser turns Ctrl-C into this code itself
         return _say("stopped; run the same command again", STOPPED)
     return code if isinstance(code, int) else DONE
+
+
+def _warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Ours is a sentence; a line of code says nothing to who called a command."""
+    if issubclass(category, PluginWarning):
+        return f"fasttrace: {message}\n"
+    return _format(message, category, filename, lineno, line)
 
 
 def _say(sentence: str, code: int) -> int:

@@ -213,8 +213,8 @@ def describe(name: str, found: Prediction, *, on_paper: str | None = None) -> li
     lines = [
         f"{name}: {found.lanes:,} patched runs of {found.calls} denoiser calls",
         f"  work     {_flops(found.flops)}: {over:.1f} % above the least an exact trace needs",
-        f"           ({_flops(found.bound_flops)}); a whole run a site would be {plain:.1f} %, had",
-        "           it every clean activation at hand",
+        f"           ({_flops(found.bound_flops)}); whole patched runs alone, if the clean",
+        f"           activations they read came for nothing, are {plain:.1f} % above it",
         f"  batches  {batches}",
         f"  clean    {_clean(found)}",
         f"  memory   about {_bytes(found.peak_bytes)} beside the weights",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ class Metrics:
         others = plugins(METRICS)
         if asked in others:
             return self._registered(asked, others[asked])
-        names = (*NAMES, *others)
+        names = tuple(dict.fromkeys((*NAMES, *others)))
         raise UsageError(
             f"Unknown metric '{asked}'; expected one of {', '.join(names)}."
             f"{suggestion(asked, names, n=1)}"
@@ -108,7 +109,7 @@ class Metrics:
                 f"The registered metric '{name}' made a {type(metric).__name__}; expected is a "
                 "fasttrace.Metric."
             )
-        return metric
+        return replace(metric, function=partial(_guarded, name, metric.function))
 
     def _named(self) -> dict[str, Callable[[], Metric]]:
         return {
@@ -215,6 +216,20 @@ def from_callable(function: Callable[..., Any]) -> Metric:
         takes = []
     alone = len(takes) <= 1 and not any(p.kind is p.VAR_POSITIONAL for p in takes)
     return Metric(f"callable:{name}", name, partial(_call, function) if alone else function)
+
+
+def _guarded(name: str, function: Callable[..., Any], given: Any, context: MetricContext) -> Any:
+    """Another package's function, whose error is no bug of ours. torch's own errors (no memory, no
+    gradient) are answered where it is called."""
+    try:
+        return function(given, context)
+    except (FasttraceError, RuntimeError, MemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"The registered metric '{name}' fails: {brief(error)}. It is called with pictures (or "
+            "latents) and a MetricContext."
+        ) from error
 
 
 def _call(function: Callable[..., Any], pictures: Any, _context: MetricContext) -> Any:

@@ -246,7 +246,7 @@ def _json(text: str | bytes) -> Mapping[str, Any]:
             raise
         raise UsageError(f"The plan is not JSON: {_short(error)}.") from error
     if not isinstance(data, dict):
-        raise UsageError(f"A plan is a JSON object; this is a {type(data).__name__}.")
+        raise UsageError("A plan is a JSON object, {...}; this is something else.")
     return data
 
 
@@ -278,10 +278,10 @@ def _first(error: ValidationError) -> str:
     """The first complaint, and how many more there are; a misspelt key explains a missing one."""
     many = error.errors(include_url=False, include_input=False)
     many.sort(key=lambda one: one["type"] != "extra_forbidden")
-    place = ".".join(_short(part) for part in many[0]["loc"]) or "the plan"
-    reason = many[0]["msg"].removeprefix("Value error, ")
+    place = ".".join(_short(part) for part in many[0]["loc"])
+    reason = many[0]["msg"].removeprefix("Value error, ").removesuffix(".")
     more = f" (and {len(many) - 1} more)" if len(many) > 1 else ""
-    return f"{place}: {reason}{more}"
+    return f"{place}: {reason}{more}" if place else f"{reason}{more}"
 
 
 def _short(value: Any) -> str:

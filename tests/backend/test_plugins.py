@@ -31,6 +31,9 @@ def brightness(model):
 darkness = Metric("darkness", "1 - mean", lambda x, context: 1 - x.mean((1, 2, 3)))
 
 
+alone = Metric("alone", "takes no context", lambda x: x.mean((1, 2, 3)))
+
+
 def fails(*args):
     raise ValueError("I am broken\\nin two lines")
 
@@ -102,12 +105,16 @@ def test_metrics_that_fail(sd, install):
         missing = no_such_module:metric
         broken = fake_plugin:fails
         odd = fake_plugin:number
+        alone = fake_plugin:alone
         bright = fake_plugin:brightness
         clip_score = fake_plugin:brightness
         """
     )
     tracer = Tracer(sd)
-    with pytest.warns(PluginWarning) as caught, pytest.raises(UsageError, match="bright, broken"):
+    with (
+        pytest.warns(PluginWarning) as caught,
+        pytest.raises(UsageError, match=r"hub id>, alone, bright, broken, odd\."),
+    ):
         tracer.plan(PROBE, sites="attn2", metric="bightness", **SETTING)
     said = sorted(str(one.message) for one in caught)
     assert len(said) == 2  # once a process
@@ -117,6 +124,8 @@ def test_metrics_that_fail(sd, install):
         tracer.plan(PROBE, metric="broken", **SETTING)
     with pytest.raises(ModelError, match="'odd' made a int"):
         tracer.plan(PROBE, metric="odd", **SETTING)
+    with pytest.raises(ModelError, match=r"'alone' fails: TypeError: .*It is called with pictures"):
+        tracer.trace(PROBE, sites="attn2", metric="alone", **SETTING)
     assert tracer.plan(PROBE, sites="attn2", metric="bright", **SETTING).metrics[0].key
     # A name of our own stays ours.
     assert tracer.plan(PROBE, metric="latent_distance", **SETTING).metrics[0].needs == "latent"

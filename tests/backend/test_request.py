@@ -111,7 +111,7 @@ def test_many_pairs():
 
 TEXTS: dict[str, tuple[str, str]] = {
     "not JSON": ("{", "not JSON"),
-    "a list": ("[]", "a JSON object; this is a list"),
+    "a list": ("[]", "a JSON object, {...}; this is something else"),
     "NaN": ('{"guidance": NaN}', "NaN, which is no finite number"),
     "infinite": ('{"guidance": -Infinity}', "no finite number"),
     "overflow": ('{"probes": [{"prompt": "a", "subject": "a"}], "guidance": 1e999}', "guidance"),

@@ -3,8 +3,8 @@
     .venv/bin/python bench/attribution_rows.py --keep bench-out/attribution [--row heads]
 
 On the bundled model: whole sites by clip_score and attribute, one-call windows, heads, channels,
-text-encoder places. Everything made is kept in the folder, so that a run goes on where it stopped;
-all of it is two to three hours on one core. `--make 3/16` makes the third of 16 shares and prints
+text-encoder places, memory. Everything made is kept in the folder, so that a run goes on where it
+stopped; all of it is three hours on one core. `--make 3/16` makes the third of 16 shares and prints
 nothing: 16 processes, then once without it. Writes attribution_rows.csv when all rows are asked.
 """
 

@@ -10,10 +10,13 @@ from attribution_exact import ALL, METRIC, ONE_CALL
 from attribution_pieces import AGAIN, OF_ALL, OF_CHANNELS, OTHER_METRICS, Asked
 from attribution_sites import GROUPS
 
+from fasttrace import Tracer
 from fasttrace.report.uncertainty import rank_correlation
+from fasttrace.testing.memory import PeakBytes
 
 EVERY = "all"  # attributes
 TOP_SHARE = 0.1
+SWEEP_LANES = 16
 Compared = tuple[np.ndarray, np.ndarray]  # screened, exact
 
 
@@ -204,6 +207,30 @@ def text(asked: Asked) -> Iterator[Line]:
                 )  # fmt: skip
 
 
+def memory(asked: Asked) -> Iterator[Line]:
+    """Most bytes that tensors took at one time, weights apart: one pair, from the first call on."""
+    [(probe, seed), *_] = asked.few
+    pipe = asked.tracer.model.pipe
+    given = {"seeds": [seed], "metric": METRIC}
+    with PeakBytes() as exact:
+        Tracer(pipe, lanes=SWEEP_LANES).trace(probe, pictures=False, **given)
+    yield Line(
+        "memory", METRIC, "", "", EVERY, f"exact sweep, {SWEEP_LANES} lanes", 1, "MiB",
+        exact.peak / 2**20,
+    )  # fmt: skip
+    for estimator in OF_ALL:
+        with PeakBytes() as screen:
+            found = Tracer(pipe).screen(probe, estimator=estimator, **given)
+        for name, value in (
+            ("MiB", screen.peak / 2**20),
+            ("over_exact_sweep", screen.peak / exact.peak),
+        ):
+            yield Line(
+                "memory", METRIC, estimator, cost([found.generations]), EVERY, "screen", 1, name,
+                value,
+            )  # fmt: skip
+
+
 _HEADS = {
     "all heads": ("attn1", "attn2"),
     "self-attention": ("attn1",),
@@ -228,4 +255,5 @@ ROWS: dict[str, Callable[[Asked], Iterator[Line]]] = {
     "heads": heads,
     "channels": channels,
     "text": text,
+    "memory": memory,
 }

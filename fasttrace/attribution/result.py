@@ -288,8 +288,12 @@ def read_screen(file: Path) -> Screen:
 
 
 def joined(parts: Sequence[Screen]) -> Screen:
-    """Screens of other pairs, asked the same, as one."""
+    """Screens of other pairs as one. Raises `UsageError` where they weren't asked the same."""
     first = parts[0]
+    for part in parts:
+        for name in ("readings", "calls", "branches", "windows", "metric", "estimator", "horizon"):
+            if getattr(part, name) != getattr(first, name):
+                raise UsageError(f"These screens can't be joined: their {name} differ.")
     count = sum(len(p.pairs) for p in parts)
     return replace(
         first,

@@ -68,7 +68,7 @@ def test_pairs_do_not_know_each_other(screen, tracer):
         a, b = screen.effects(reading), both.effects(reading)
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * np.abs(a).max() + 1e-9)
     assert both.generations == pytest.approx(np.mean([s.generations for s in alone]))
-    with pytest.raises(UsageError, match="different things"):
+    with pytest.raises(UsageError, match="can.t be joined: their"):
         join([alone[0], replace(alone[1], estimator="other")])
 
 

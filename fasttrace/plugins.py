@@ -16,6 +16,9 @@ Group = Literal["fasttrace.families", "fasttrace.metrics", "fasttrace.site_kinds
 FAMILIES: Group = "fasttrace.families"
 METRICS: Group = "fasttrace.metrics"
 SITE_KINDS: Group = "fasttrace.site_kinds"
+# Kinds of our own, and the words that ask for several of them.
+TAKEN = {"resnet", "attn1", "attn2", "ff", "transformer", "block", "attn", "mlp", "hidden", "swap"}
+TAKEN |= {"text", "paper", "all"}
 
 
 class PluginWarning(UserWarning):
@@ -31,12 +34,12 @@ def plugins(group: Group) -> Mapping[str, Any]:
     found: dict[str, Any] = {}
     for point in sorted(entry_points(group=group), key=lambda point: (point.name, point.value)):
         owner = point.dist.name if point.dist is not None else "an unknown package"
-        if point.name in found:
+        if point.name in found or (group == SITE_KINDS and point.name in TAKEN):
             warn(group, point.name, f"of '{owner}' has a name that is taken")
             continue
         try:
             found[point.name] = point.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             warn(group, point.name, f"of '{owner}' can't be loaded ({brief(error)})")
     return MappingProxyType(found)
 

@@ -95,15 +95,15 @@ class Acts:
     ) -> Any:
         """Generate every prompt with every seed, in batches, and record.
 
-        One prompt and one seed give a `Recorded`, several a list, prompt by prompt. Where the
+        A prompt and a seed give a `Recorded`, lists of them a list, prompt by prompt. Where the
         recording goes to disk, None comes back, and runs that are there already are not made again.
         callback_on_step_end(pipe, call, timestep, {"lanes": n}): after each denoiser call of a
         batch; what it returns is not read. The other arguments are the pipeline's own.
         """
         if not self._open:
             raise UsageError("The recording has ended: call run inside the with block.")
-        many = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not many or not all(isinstance(p, str) for p in many):
+        many = [prompts] if isinstance(prompts, str) else prompts
+        if not (isinstance(many, Sequence) and many) or not all(isinstance(p, str) for p in many):
             raise UsageError(f"A prompt is text, or several are a list; {prompts!r} was given.")
         for prompt in (*many, negative_prompt):
             options.check_text(self.model, Probe(prompt, ""), with_subject=False)
@@ -124,7 +124,8 @@ class Acts:
             )
         if self.out is not None:
             return None
-        alone = isinstance(prompts, str) and len(starts) == 1
+        lists = any(isinstance(given, Sequence) for given in (seed, generator))
+        alone = isinstance(prompts, str) and len(starts) == 1 and not lists
         return found[0] if alone else found
 
     def sites(self, height: int | None = None, width: int | None = None) -> list[Site]:
@@ -396,13 +397,14 @@ def record(
         options.parse_choice(branch, tuple(BRANCHES), "branch")
     if not isinstance(shard_bytes, int) or shard_bytes < 1:
         raise UsageError(f"shard_bytes is a whole number of 1 or more, not {shard_bytes!r}.")
+    tokens, heads = _positions("tokens", tokens), _positions("heads", heads)
     model = Model(pipe)
     acts = Acts(
         model,
         FastEngine(model, **engine),
         sites,
-        None if tokens is None else tuple(tokens),
-        None if heads is None else tuple(heads),
+        tokens,
+        heads,
         branch,
         window,
         None if dtype is None else parse_dtype(dtype),
@@ -413,3 +415,12 @@ def record(
         yield acts
     finally:
         acts.close()
+
+
+def _positions(name: str, given: Any) -> tuple[int, ...] | None:
+    if given is None:
+        return None
+    found = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
+    if not found or any(isinstance(i, bool) or not isinstance(i, int) for i in found):
+        raise UsageError(f"{name} is a list of whole numbers, such as [0, 3], not {given!r}.")
+    return found

@@ -221,10 +221,12 @@ def test_plan_of_an_architecture(capsys):
     assert (found["lanes"], found["calls"]) == (140, 51)
     assert found["bound_flops"] < found["useful_flops"] < found["flops"]
     assert {"peak_bytes", "batches"} <= found.keys()
+    assert main(["plan", "sd15", "--prompts", "1000000000"]) == 2
+    assert "more than 100,000 pairs" in capsys.readouterr().err
     assert main(["plan", "sd15", "--prompts", "2", "--gpu", "A100"]) == 0
     out = capsys.readouterr().out
     assert "140 patched runs of 51 denoiser calls" in out
-    assert "the data sheet of the A100, never measured" in out
+    assert "the data sheet of the A100, not measured" in out
 
 
 def test_a_plan_on_paper(capsys):
@@ -235,7 +237,7 @@ def test_a_plan_on_paper(capsys):
     assert errors == ""
     for words in (
         "140 patched runs of 11 denoiser calls",
-        "an estimate from the data sheet of the H100, never measured",
+        "an estimate from the data sheet of the H100, not measured",
         "2.0 GiB in 16 bits (unet, text encoder, vae)",
         "fits in 11.2 GiB: 7.4 GiB of it, 80 % of what the weights leave",
         "40 % of 989 TFLOP/s, the data sheet's peak in 16 bits",

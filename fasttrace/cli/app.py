@@ -59,7 +59,6 @@ COMMANDS = (
     sites,
     edit,
     evaluate,
-    find,
     locate,
     info,
     demo,

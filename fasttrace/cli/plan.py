@@ -69,6 +69,7 @@ def command(
     """Say how many runs a trace makes, in which batches, with how much work, memory and time."""
     from fasttrace.adapters.architectures import ARCHITECTURES
     from fasttrace.engine.options import Options
+    from fasttrace.plan.request import Limits
 
     if (model is None) == (named is None):
         raise UsageError("plan needs one model: `fasttrace plan sdxl`, or --model sdxl.")
@@ -77,6 +78,11 @@ def command(
     for name, number in (("--prompts", prompts), ("--seeds", seeds)):
         if number < 1:
             raise UsageError(f"{name} {number} leaves nothing to plan: give 1 or more.")
+    if prompts * seeds > Limits.PAIRS:
+        raise UsageError(
+            f"{prompts:,} prompts with {seeds:,} seeds are more than {Limits.PAIRS:,} pairs. Work "
+            "and time grow evenly with them, so plan fewer."
+        )
     components = parse_components(component or ["unet"])
     words = parse_words(sites or ["paper"], "--sites")
     windows = parse_windows(window or [])
@@ -214,7 +220,7 @@ def describe(name: str, found: Prediction, *, on_paper: str | None = None) -> li
         f"{name}: {found.lanes:,} patched runs of {found.calls} denoiser calls",
         f"  work     {_flops(found.flops)}: {over:.1f} % above the least an exact trace needs",
         f"           ({_flops(found.bound_flops)}); whole patched runs alone, if the clean",
-        f"           activations they read came for nothing, are {plain:.1f} % above it",
+        f"           activations they read were all stored (--cache), are {plain:.1f} % above it",
         f"  batches  {batches}",
         f"  clean    {_clean(found)}",
         f"  memory   about {_bytes(found.peak_bytes)} beside the weights",
@@ -224,7 +230,7 @@ def describe(name: str, found: Prediction, *, on_paper: str | None = None) -> li
 
         how = "measured on a few calls here"
         if on_paper:
-            how = f"an estimate from the data sheet of the {on_paper}, never measured"
+            how = f"an estimate from the data sheet of the {on_paper}, not measured"
         lines.append(f"  time     about {duration(found.seconds)} in the denoiser ({how})")
     return lines
 

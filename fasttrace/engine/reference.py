@@ -216,7 +216,7 @@ class ReferenceEngine:
         dtype = self.model.dtype
         advice = f"; the model runs in {dtype}"
         advice += (
-            ", so its weights, the noise, the guidance or the given latents are at fault."
+            ", so its weights, the noise, the guidance, given latents or a source are at fault."
             if dtype == torch.float32
             else ", try float32."
         )

@@ -300,7 +300,7 @@ def _check_whole(plan: PlanRequest) -> None:
     for name in plan.metrics:
         kind, _, detail = name.partition(":")
         if kind == "clip":
-            check_hub_id(detail, "the CLIP score's model")
+            check_hub_id(detail, "CLIP model")
     pairs = sum(len(entry.seeds or plan.seeds) for entry in plan.probes)
     if pairs > Limits.PAIRS:
         raise UsageError(

@@ -122,7 +122,9 @@ class Appender:
         self._size = lines.good_bytes
         self._synced = 0.0
         with disk_errors(path, writing):
-            self._handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
+            # A link would have rows written into another file, and its last line cut off.
+            flags = os.O_CREAT | os.O_RDWR | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+            self._handle = os.open(path, flags, 0o644)
             if lines.torn:
                 os.ftruncate(self._handle, self._size)
                 os.fsync(self._handle)

@@ -11,10 +11,11 @@ import pytest
 
 from fasttrace import Probe, Tracer
 from fasttrace.adapters.pipeline import Model, family_of
+from fasttrace.adapters.selection import EVERY
 from fasttrace.adapters.stable import Stable
 from fasttrace.cli import main
 from fasttrace.errors import ModelError, UsageError
-from fasttrace.plugins import PluginWarning, plugins
+from fasttrace.plugins import TAKEN, PluginWarning, plugins
 from fasttrace.testing import tiny_pipeline
 
 PROBE = Probe("a photo of a dog in the house", "dog")
@@ -77,6 +78,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
     def put(**groups: str) -> None:
         (tmp_path / "fake_plugin.py").write_text(CODE, encoding="utf-8")
+        (tmp_path / "fake_ending.py").write_text("raise SystemExit(3)")
         about = tmp_path / "fake_plugin-1.0.dist-info"
         about.mkdir(exist_ok=True)
         (about / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-plugin\nVersion: 1.0\n")
@@ -224,3 +226,19 @@ def test_nothing_is_registered_here():
     assert {group: dict(plugins(group)) for group in ("fasttrace.metrics",)} == {
         "fasttrace.metrics": {}
     }
+
+
+def test_site_kinds_of_our_own_stay_ours(sd, install):
+    before = Tracer(sd).sites()
+    install(site_kinds="attn2 = fake_plugin:brightness\npaper = fake_plugin:brightness")
+    with pytest.warns(PluginWarning) as caught:
+        assert Tracer(sd).sites() == before
+    assert all("has a name that is taken" in str(one.message) for one in caught)
+    text = Tracer(sd).sites(component="text_encoder")
+    assert {site.kind for site in (*before, *text)} | {*EVERY} <= TAKEN
+
+
+def test_a_plugin_that_ends_the_process(sd, install):
+    install(metrics="bright = fake_plugin:brightness\nends = fake_ending:metric")
+    with pytest.warns(PluginWarning, match="'ends' of 'fake-plugin' can't be loaded"):
+        assert Tracer(sd).plan(PROBE, sites="attn2", metric="bright", **SETTING).metrics

@@ -140,8 +140,10 @@ def test_slices(sd):
     expected = whole[f"{name}.heads"][1:3, [3, 0]].unflatten(-1, (heads, -1))[..., [1], :]
     assert torch.equal(found, expected)
     with fasttrace.record(sd, name, tokens=[1], window=(0.0, 0.5), dtype="float16") as acts:
-        found = acts.run(PROMPT, seed=0, **SETTING)[name]
-    assert torch.equal(found, whole[name][:2, [1]].half())
+        [found] = acts.run(PROMPT, seed=[0], **SETTING)  # a list gives a list
+        with pytest.raises(UsageError, match="A prompt is text"):
+            acts.run(5, seed=0)
+    assert torch.equal(found[name], whole[name][:2, [1]].half())
     assert next(sd.unet.parameters()).dtype == torch.float32
 
 
@@ -216,7 +218,16 @@ def test_refused(sd, name):
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [({"branch": "left"}, "branch"), ({"shard_bytes": 0}, "shard_"), ({"dtype": "int4"}, "dtype")],
+    [
+        ({"branch": "left"}, "branch"),
+        ({"shard_bytes": 0}, "shard_"),
+        ({"dtype": "int4"}, "dtype"),
+        ({"tokens": "subject"}, "tokens is a list of whole numbers"),
+        ({"tokens": 3}, "tokens is"),
+        ({"tokens": [0.5]}, "tokens is"),
+        ({"tokens": []}, "tokens is"),
+        ({"heads": [True]}, "heads is"),
+    ],
 )
 def test_records_refused(sd, given, words):
     with pytest.raises(UsageError, match=words), fasttrace.record(sd, "attn2", **given):

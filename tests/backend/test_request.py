@@ -82,7 +82,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a path as model": ({"model": "../secret"}, "a plan names 'embedded' or a hub id"),
     "an absolute path": ({"model": "/etc/passwd"}, "a plan names 'embedded' or a hub id"),
     "dots in a hub id": ({"model": "a/b..c"}, "a plan names 'embedded' or a hub id"),
-    "a path in a metric": ({"metrics": ["clip:./model"]}, "CLIP score's model"),
+    "a path in a metric": ({"metrics": ["clip:./model"]}, "The plan's CLIP model is"),
     "NUL": ({"sites": ["attn2\0"]}, "NUL character"),
     "half a surrogate": ({"sites": ["\ud800"]}, "sites.0: Input should be a valid string"),
     "another format": ({"format": "shell script"}, "format"),

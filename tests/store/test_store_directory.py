@@ -174,3 +174,15 @@ def test_no_results_is_a_sentence(tmp_path: Path):
 def test_shards_that_do_not_exist(index: int, count: int):
     with pytest.raises(UsageError, match="0 <= i < n"):
         Shard(index, count)
+
+
+def test_a_link_in_place_of_the_ledger_is_not_followed(rows, call, tmp_path: Path):
+    fill(tmp_path / "out", rows, call)
+    [ledger] = (tmp_path / "out" / "rows").glob("*.jsonl")
+    other = tmp_path / "precious"
+    other.write_text("no rows")
+    ledger.unlink()
+    ledger.symlink_to(other)
+    with pytest.raises(StoreError, match=r"can't be used \(Too many levels of symbolic links\)"):
+        fill(tmp_path / "out", rows, call)
+    assert other.read_text() == "no rows"

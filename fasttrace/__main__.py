@@ -1,0 +1,7 @@
+"""`python -m fasttrace`."""
+
+import sys
+
+from fasttrace.cli import main
+
+sys.exit(main())

@@ -23,7 +23,14 @@ from attribution_sites import GROUPS, by_group, chosen, stored
 from fasttrace import Tracer, load
 from fasttrace.report.uncertainty import rank_correlation
 
-ESTIMATORS = ("plain", "averaged:2", "averaged:2:gauss", "averaged:3", "averaged:3:middle")
+ESTIMATORS = (
+    "plain",
+    "nudged",
+    "averaged:2",
+    "averaged:2:gauss",
+    "averaged:3",
+    "averaged:3:middle",
+)
 METRIC = "latent_recovery"
 SIGMA = 0.08642877812073607  # of the exhaustive trace's corruption
 OUT = Path(__file__).with_suffix(".csv")

@@ -32,7 +32,6 @@ from fasttrace.attribution.readings import Reading, readings_of
 from fasttrace.engine.base import CLEAN
 
 OF_ALL = ("plain", "nudged", "averaged:3")
-OF_CHANNELS = (*OF_ALL, "averaged:2:gauss")
 OTHER_METRICS = ("clip_score", "attribute")
 FEW = 2  # pairs an attribute whose channels are patched
 PROMPTS = 4  # an attribute, whose text encoder is
@@ -42,8 +41,7 @@ LANES = {"head": 28, "channel": 40}  # so that heads and channels fill their bat
 
 # Seconds a pair on one core, and of a call; only to share the work out evenly.
 SECONDS = {
-    "plain": 1.2, "nudged": 2.1, "averaged:3": 2.9, "averaged:2:gauss": 2.5, "windows": 11.5,
-    "lane": 0.2,
+    "plain": 1.2, "nudged": 2.1, "averaged:3": 2.9, "windows": 11.5, "lane": 0.2,
 }  # fmt: skip
 OF_A_CALL = 2.0
 SCREENED, EXACT = 8, 4  # pairs in a piece
@@ -228,10 +226,7 @@ def _heads(asked: Asked) -> Iterator[Piece]:
 
 def _channels(asked: Asked) -> Iterator[Piece]:
     few = {a: pairs[:FEW] for a, pairs in asked.named.items()}
-    for estimator in OF_CHANNELS:
-        if estimator not in OF_ALL:
-            yield from _screens(asked, METRIC, estimator, few, True)
-    # Of `OF_ALL` as for heads, whose pieces these are the first of.
+    # Screened as for heads.
     yield from (piece for piece in _heads(asked) if piece.name.startswith("screen"))
     lane = SECONDS["lane"] * (1 + 2 / LANES["channel"])
     for attribute, pairs in few.items():

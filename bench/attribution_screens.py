@@ -82,8 +82,12 @@ def screens(
             for i, pair in enumerate(found.pairs)
         }
 
-    def name(pair: Named) -> str:
+    def named(pair: Named, parts: bool) -> str:
         return f"screen {pair[0]} {pair[1]} {sigma} {metric} {estimator} {parts}"
+
+    def name(pair: Named) -> str:
+        """A screen of parts says the same of whole sites."""
+        return named(pair, parts or kept.has(named(pair, True)))
 
     return {
         pair: Screened(got["sites"], got["heads"], got["channels"], float(got["generations"]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from attribution_exact import ALL, METRIC, ONE_CALL
-from attribution_pieces import AGAIN, OF_ALL, OF_CHANNELS, OTHER_METRICS, Asked
+from attribution_pieces import AGAIN, OF_ALL, OTHER_METRICS, Asked
 from attribution_sites import GROUPS
 
 from fasttrace import Tracer
@@ -151,7 +151,7 @@ def channels(asked: Asked) -> Iterator[Line]:
         "top": ~is_random,
         "random and top": np.ones_like(is_random),
     }
-    for estimator in OF_CHANNELS:
+    for estimator in OF_ALL:
         found = asked.screens(METRIC, estimator, few, True)
         costs = cost([s.generations for s in found.values()])
         both = [(found[pair].channels[numbers], exact[pair]) for pair in few]

@@ -119,19 +119,20 @@ class Screener:
         question = self._question()
         bases = self._bases(question)
         at_once = max(1, self.lanes // len(bases))
+        groups = [slice(i, i + at_once) for i in range(0, len(pairs.runs), at_once)]
+        keys = [self._key(pairs.names[group]) for group in groups]
+        known = [None if self.kept is None else self.kept.screen(key) for key in keys]
+        done, missing = 0, len(pairs.runs) - sum(len(one.pairs) for one in known if one is not None)
         screens = []
-        for start in range(0, len(pairs.runs), at_once):
-            group = slice(start, start + at_once)
-            names = pairs.names[group]
-            key = self._key(names)
-            found = None if self.kept is None else self.kept.screen(key)
+        for group, key, found in zip(groups, keys, known, strict=True):
             if found is None:
-                found = self._group(question, bases, names, pairs.runs[group])
+                found = self._group(question, bases, pairs.names[group], pairs.runs[group])
                 if self.kept is not None:
                     self.kept.add_screen(key, found)
+                done += len(found.pairs)
+                if on_progress is not None:
+                    on_progress(done, missing)
             screens.append(found)
-            if on_progress is not None:
-                on_progress(start + len(names), len(pairs.runs))
         return replace(joined(screens), manifest=self.plan.manifest)
 
     def _key(self, names: Sequence[tuple[int, int]]) -> str:

@@ -12,6 +12,7 @@ Advance = Callable[[], None]
 EVERY = 15.0  # seconds between lines where stderr is no terminal
 
 
+AT_ONCE = 0.01  # seconds in which nothing can be said of a rate
 KNOWN = 0.05  # of all rows: before so many are in, their rate says little
 
 
@@ -101,10 +102,10 @@ def _lines(
         if now - last < EVERY and done < total:
             return
         last = now
-        speed = done / max(now - start, 1e-9)
+        pace = f", {rate(done / (now - start), what)}" if now - start > AT_ONCE else ""
         seconds = None if done == total else time_left(done, total, now - start, expected)
         left = "" if seconds is None else f", {duration(seconds)} left"
-        stream.write(f"{done}/{total} {what}, {rate(speed, what)}{left}\n")
+        stream.write(f"{done}/{total} {what}{pace}{left}\n")
         stream.flush()
 
     return advance
